@@ -1,0 +1,277 @@
+"""CADFT, Compatibility-Aware Dynamic Fine-Tuning (Zhou et al., ACL 2026, arXiv 2606.11206): the method alone.
+
+    symbol                                      function                section of the paper
+    p_t = pi(y_t | x, y_<t)                     token_nll               DFT, the token-level objective
+    c_raw = 1/|y| sum_t -log p_t                compatibility           Dynamic Compatibility Evaluation
+    c_hat = (c_raw - mu_B) / (sigma_B + eps)    batch_zscore            Dynamic Compatibility Evaluation
+    w = exp(-beta max(0, c_hat))                compatibility_weight    Compatibility-Aware Objective
+    L_SFT, L_DFT                                sft_loss, dft_loss      DFT, the token-level objective
+    L_CADFT = 1/|B| sum_i w_i L_DFT,i           cadft_loss              Compatibility-Aware Objective
+    moving average of c_hat                     CompatibilityEMA        Delayed Compatibility-Guided Rewriting
+    y_hat ~ pi(. | x), top-p 0.9, T 0.7         nucleus_rewrite         Delayed Compatibility-Guided Rewriting
+
+Dimensions: B rows on this rank, G rows in the global batch |B|, T tokens, R response tokens of a micro-batch,
+H hidden size, V vocabulary, N examples of the data set. "Paper silent" marks a choice that is ours.
+"""
+import math
+import weakref
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # label of a token that is not part of the response (Hugging Face's convention)
+
+
+# ---- p_t: the probability of each response token ----------------------------------------------------------
+
+def token_nll(lm, input_ids, attention_mask, labels, chunk=512):
+    """-log p_t of every response token; differentiable.
+
+    lm              a Hugging Face causal language model
+    input_ids       [B, T] prompt, response, padding
+    attention_mask  [B, T], or None when padding stands on the right only: causal attention never sees it
+    labels          [B, T] the response's token ids, IGNORE elsewhere
+    chunk           response tokens whose logits, chunk x V, exist at one time (in the backward pass too)
+
+    Returns nll [B, T-1], in nats, 0 outside the response, at least float32; and mask [B, T-1], True on the
+    response's tokens. Column t is about token t+1. Section: DFT, the token-level objective.
+    """
+    targets = labels[:, 1:]                                                     # [B, T-1]
+    mask = targets != IGNORE                                                    # [B, T-1]
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    if plain_head(lm):
+        features, head = lm.base_model(**inputs).last_hidden_state, lm.get_output_embeddings()  # [B, T, H]
+    else:                       # the model alters its logits after the projection: take its own, whole
+        features, head = lm(**inputs).logits, torch.nn.Identity()               # [B, T, V]
+    features, targets = features[:, :-1][mask], targets[mask]                   # [R, H] or [R, V], [R]
+    parts = [checkpoint(_project, head, f, y, use_reentrant=False, preserve_rng_state=False)
+             for f, y in zip(features.split(chunk), targets.split(chunk))]      # each [chunk] or less
+    nll = torch.cat(parts)                                                      # [R]
+    return nll.new_zeros(mask.shape).masked_scatter(mask, nll), mask
+
+
+def _project(head, features, targets):
+    """-log softmax(z)[targets] of a chunk's logits z, in float32 at least: bfloat16 goes up, float64 stays."""
+    z = head(features)                                                          # [chunk, V]
+    return F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
+
+
+_PLAIN = weakref.WeakKeyDictionary()  # model -> answer of plain_head, found once
+
+
+@torch.no_grad()
+def plain_head(lm):
+    """True when the model's logits are its output embedding times its last hidden state, and nothing else.
+
+    Soft-capping (Gemma 2) and logit scales (Cohere, Granite) are read from the config, since small logits can
+    hide them; anything else shows when the logits of a short sequence are computed both ways.
+    """
+    if lm not in _PLAIN:
+        config = lm.config.get_text_config()
+        settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"
+        altered = any(getattr(config, name, None) not in (None, 1.0) for name in settings)
+        was_training, device = lm.training, lm.get_input_embeddings().weight.device
+        lm.eval()
+        ids = torch.arange(8, device=device)[None] % config.vocab_size           # [1, 8]
+        with torch.autocast(device.type, enabled=False):
+            own = lm(input_ids=ids, use_cache=False).logits
+            ours = lm.get_output_embeddings()(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        lm.train(was_training)
+        close = 8 * torch.finfo(own.dtype).eps * own.abs().max()
+        _PLAIN[lm] = not altered and own.shape == ours.shape and bool((own - ours).abs().max() <= close)
+    return _PLAIN[lm]
+
+
+# ---- Dynamic Compatibility Evaluation ---------------------------------------------------------------------
+
+def compatibility(nll, mask):
+    """c_raw = 1/|y| sum_t -log p_t. Lower is more compatible.
+
+    nll, mask  [B, T-1] from token_nll
+    Returns c_raw [B], nats per token, detached. Raises ValueError for a row without response tokens, naming it.
+    Section: Dynamic Compatibility Evaluation.
+    """
+    return _response_mean(nll.detach(), mask)
+
+
+def batch_zscore(c_raw, eps=1e-6):
+    """c_hat_i = (c_raw_i - mu_B) / (sigma_B + eps), with mu_B and sigma_B over the effective global batch.
+
+    c_raw  [B] of this rank, all its micro-batches together. Where a torch.distributed process group exists,
+           the scores of all ranks are gathered: the result does not depend on how the batch is sharded.
+    Returns c_hat [B], no unit, detached. Equal scores, a batch of one among them, give exactly 0. Raises
+    ValueError when ranks hold different numbers of rows. Section: Dynamic Compatibility Evaluation.
+    """
+    own = c_raw.detach().double()                                               # [B]
+    scores = _gather(own)                                                       # [G]
+    low = scores.min()          # the shift changes nothing but rounding, which could be of the size of eps
+    mu = (scores - low).mean()
+    sigma = (scores - low).std(correction=0)                                    # paper silent: population
+    return ((own - low - mu) / (sigma + eps)).to(c_raw.dtype)
+
+
+def compatibility_weight(c_hat, beta=1.0):
+    """w = exp(-beta max(0, c_hat)): 1 for samples no worse than the batch mean, less the worse they are.
+
+    c_hat  [B] from batch_zscore
+    beta   >= 0; 0 gives w = 1 for all, which makes CADFT exactly DFT
+    Returns w [B] in [0, 1], detached. Raises ValueError for a beta out of range.
+    Section: Compatibility-Aware Objective. (The opposite of Focal Loss, which raises hard samples' weight.)
+    """
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be a finite number >= 0, got {beta}")
+    return torch.exp(-beta * c_hat.detach().clamp(min=0))
+
+
+# ---- The objectives ---------------------------------------------------------------------------------------
+
+def sft_loss(nll, mask):
+    """L_SFT = 1/|y| sum_t -log p_t, the loss of supervised fine-tuning.
+
+    nll, mask  [B, T-1] from token_nll. Returns [B], with gradient. Raises ValueError as compatibility does.
+    """
+    return _response_mean(nll, mask)
+
+
+def dft_loss(nll, mask):
+    """L_DFT = 1/|y| sum_t -sg(p_t) log p_t, with sg the stop-gradient: its gradient is that of -p_t.
+
+    nll, mask  [B, T-1] from token_nll. Returns [B], with gradient. Raises ValueError as compatibility does.
+    Section: DFT, the token-level objective. Paper silent: mean, not sum, over the tokens of a sample.
+    """
+    p = torch.exp(-nll.detach())                                                # [B, T-1] sg(p_t)
+    return _response_mean(p * nll, mask)
+
+
+def _response_mean(x, mask):
+    """Mean of x over the response tokens of each row, [B, T-1] -> [B]."""
+    count = mask.sum(1)                                                         # [B]
+    if (count == 0).any():
+        rows = (count == 0).nonzero().flatten().tolist()
+        raise ValueError(f"no response token in row(s) {rows}: their compatibility is undefined; drop them")
+    return x.masked_fill(~mask, 0).sum(1) / count
+
+
+def cadft_loss(loss, w):
+    """L_CADFT = 1/|B| sum_i w_i L_i, divided by |B| and never by the sum of w.
+
+    loss  [B] this rank's dft_loss (or sft_loss), with gradient
+    w     [B] their weights from compatibility_weight
+    Returns a scalar with gradient: this rank's sum times world size / |B|, so that the average that
+    DistributedDataParallel takes over ranks is the gradient of L_CADFT. w = 1 (beta = 0) is DFT exactly.
+    Raises ValueError when ranks hold different numbers of rows. Section: Compatibility-Aware Objective.
+    """
+    _check_equal_rows(loss)
+    G = _world_size() * len(loss)                                               # |B|
+    return _world_size() / G * (w.detach() * loss).sum()
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _check_equal_rows(x):
+    if _world_size() > 1:
+        counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(_world_size())]
+        dist.all_gather(counts, torch.full_like(counts[0], len(x)))
+        rows = torch.cat(counts).tolist()
+        if len(set(rows)) > 1:
+            raise ValueError(f"every rank must hold the same number of rows of the global batch, got {rows}")
+
+
+def _gather(x):
+    """The rows of all ranks, [B] -> [G]; the identity without a process group."""
+    _check_equal_rows(x)
+    if _world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+# ---- Delayed Compatibility-Guided Rewriting ---------------------------------------------------------------
+
+class CompatibilityEMA:
+    """m <- decay m + (1 - decay) c_hat for each of N examples, started at the first c_hat.
+
+    Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: after two more
+    visits 0.9 would leave four fifths of the weight on the first value. decay = 0 keeps the last value.
+    Section: Delayed Compatibility-Guided Rewriting.
+    """
+
+    def __init__(self, n, decay=0.5):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self.mean = torch.zeros(n, dtype=torch.float64)                         # [N] 0 until seen
+        self.seen = torch.zeros(n, dtype=torch.long)                            # [N] visits, since forgotten
+
+    def update(self, index, c_hat):
+        """Take in c_hat [G] of the distinct examples index [G]: the global batch, so that all ranks agree."""
+        index, c_hat = index.cpu(), c_hat.detach().cpu().double()
+        if len(index.unique()) < len(index):
+            raise ValueError("an example stands twice in one batch: its average would take in one value only")
+        moved = self.decay * self.mean[index] + (1 - self.decay) * c_hat
+        self.mean[index] = torch.where(self.seen[index] == 0, c_hat, moved)
+        self.seen[index] += 1
+
+    def pick(self, fraction=0.005):
+        """The persistently incompatible: seen at least twice, average above 0; a list, the highest first.
+
+        At most `fraction` of the N examples, but one where any qualifies. Paper silent: what is persistent.
+        """
+        order = torch.argsort(self.mean, descending=True, stable=True)          # [N] ties: lower index first
+        order = order[(self.seen[order] >= 2) & (self.mean[order] > 0)]
+        return order[:max(1, int(fraction * len(self.mean) + 1e-9))].tolist()   # 1e-9: 0.29 * 100 < 29
+
+    def forget(self, index):
+        """Start example `index` anew. Paper silent: its average described a text that has been replaced."""
+        self.mean[index], self.seen[index] = 0.0, 0
+
+    def state_dict(self):
+        return {"decay": self.decay, "mean": self.mean.clone(), "seen": self.seen.clone()}
+
+    def load_state_dict(self, state):
+        if len(state["mean"]) != len(self.mean):
+            raise ValueError(f"state of {len(state['mean'])} examples does not fit {len(self.mean)}")
+        self.decay, self.mean, self.seen = state["decay"], state["mean"].clone(), state["seen"].clone()
+
+
+@torch.no_grad()
+def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temperature=0.7, seed=0):
+    """y_hat ~ pi(. | x), one for each prompt, by nucleus sampling and with nothing else in force.
+
+    prompts         B lists of token ids
+    eos_ids         the ids that end a response; pad_id fills the left of shorter prompts
+    max_new_tokens  length limit, the end-of-sequence token included
+    temperature     0 is greedy decoding; top_p = 1 with temperature = 1 samples from the model itself
+    seed            of this call alone: the caller's random state is left as it was
+    Returns B lists of token ids without the prompt. What ended ends with a token of eos_ids; the rest was cut
+    off. Section: Delayed Compatibility-Guided Rewriting.
+    """
+    from transformers import GenerationConfig    # only sampling needs it
+    width, device = max(map(len, prompts)), lm.get_input_embeddings().weight.device
+    left = [[pad_id] * (width - len(p)) + list(p) for p in prompts]
+    seen = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    nucleus = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)   # unless told, top_k is 50
+    only = GenerationConfig(**(nucleus if temperature > 0 else dict(do_sample=False)), use_cache=True,
+                            max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id)
+    was_training, its_own = lm.training, lm.generation_config
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            # generate would fill what `only` leaves open from the checkpoint's own settings (Qwen's, say)
+            lm.generation_config = only
+            out = lm.eval().generate(torch.tensor(left, device=device), generation_config=only,
+                                     attention_mask=torch.tensor(seen, device=device))  # [B, width + new]
+        finally:
+            lm.generation_config = its_own
+            lm.train(was_training)
+    return [_until_eos(row, eos_ids) for row in out[:, width:].tolist()]
+
+
+def _until_eos(ids, eos_ids):
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    return ids[:end]
