@@ -53,7 +53,7 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512):
 
 
 def _project(head, features, targets):
-    """-log softmax(z)[targets] of a chunk's logits z, in float32 at least: bfloat16 goes up, float64 stays."""
+    """-log softmax(z)[targets] of a chunk's logits z, in float32 or more: bfloat16 goes up, float64 stays."""
     z = head(features)                                                          # [chunk, V]
     return F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
 
@@ -90,7 +90,7 @@ def compatibility(nll, mask):
     """c_raw = 1/|y| sum_t -log p_t. Lower is more compatible.
 
     nll, mask  [B, T-1] from token_nll
-    Returns c_raw [B], nats per token, detached. Raises ValueError for a row without response tokens, naming it.
+    Returns c_raw [B], nats per token, detached. Raises ValueError naming rows without a response token.
     Section: Dynamic Compatibility Evaluation.
     """
     return _response_mean(nll.detach(), mask)
@@ -105,7 +105,8 @@ def batch_zscore(c_raw, eps=1e-6):
     ValueError when ranks hold different numbers of rows. Section: Dynamic Compatibility Evaluation.
     """
     own = c_raw.detach().double()                                               # [B]
-    scores = _gather(own)                                                       # [G]
+    _check_equal_rows(own)
+    scores = gather(own)                                                        # [G]
     low = scores.min()          # the shift changes nothing but rounding, which could be of the size of eps
     mu = (scores - low).mean()
     sigma = (scores - low).std(correction=0)                                    # paper silent: population
@@ -173,17 +174,13 @@ def _world_size():
 
 
 def _check_equal_rows(x):
-    if _world_size() > 1:
-        counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(_world_size())]
-        dist.all_gather(counts, torch.full_like(counts[0], len(x)))
-        rows = torch.cat(counts).tolist()
-        if len(set(rows)) > 1:
-            raise ValueError(f"every rank must hold the same number of rows of the global batch, got {rows}")
+    counts = gather(torch.full((1,), len(x), device=x.device)).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"every rank must hold the same number of rows of the global batch, got {counts}")
 
 
-def _gather(x):
-    """The rows of all ranks, [B] -> [G]; the identity without a process group."""
-    _check_equal_rows(x)
+def gather(x):
+    """The rows of all ranks, [B, ...] -> [G, ...], equally many of each; the identity without a process group."""
     if _world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(_world_size())]
@@ -196,8 +193,8 @@ def _gather(x):
 class CompatibilityEMA:
     """m <- decay m + (1 - decay) c_hat for each of N examples, started at the first c_hat.
 
-    Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: after two more
-    visits 0.9 would leave four fifths of the weight on the first value. decay = 0 keeps the last value.
+    Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: 0.9 would leave
+    four fifths of the weight on the first value after two more visits. decay = 0 keeps the last value.
     Section: Delayed Compatibility-Guided Rewriting.
     """
 

@@ -1,16 +1,16 @@
-"""Fine-tune a causal language model with CADFT, or with SFT, DFT or weighted SFT to compare it to. A plain loop.
+"""Fine-tune a causal language model with CADFT; or with SFT, DFT or weighted SFT, to compare. A plain loop.
 
-    python train.py                                              the classroom: no download, no GPU, two minutes
+    python train.py                                              the classroom: no download, no GPU, 2 minutes
     python train.py --model MODEL --data FILE.jsonl              your own model and demonstrations
-    torchrun --nproc-per-node=8 train.py --model ... --data ...  the same result, on eight processes
+    torchrun --nproc-per-node=8 train.py --model ... --data ...  the same result on eight processes
 
 Where this loop departs from the textbook:
- 1. A step is one forward of all micro-batches, whose graphs are kept, then one backward: c_hat needs every score of
-    the global batch before the first gradient, and this way the model runs once, exactly.
- 2. SFT, DFT, casft and CADFT take the same path. They differ in the token loss and in beta (0 switches weights off).
- 3. A step's data and random numbers are functions of (seed, step) alone, never of the number of ranks, the size of
-    the micro-batches or what happened before. So resuming a run needs no replay.
- 4. Weights are float32; bfloat16 is autocast over them. Dropout is off: it would depend on the sharding.
+ 1. A step is one forward of all micro-batches, graphs kept, then one backward: c_hat needs every score of the
+    global batch before the first gradient, and this way the model runs only once, and exactly.
+ 2. SFT, DFT, casft and CADFT take the same path; they differ in the token loss and in beta (0: no weighting).
+ 3. A step's data and random numbers depend on (seed, step) alone: not on the number of ranks, the size of the
+    micro-batches, or what went before. So a resumed run is the uninterrupted one.
+ 4. Weights are float32; bfloat16 is autocast over them. Dropout is off, since it would depend on the sharding.
 """
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +56,17 @@ FLAGS = [
     ("rewrite-max-tokens", int, 2048, 96, "[1, inf)", "length limit of a rewrite (paper silent)"),
     ("steps", int, None, 300, "[1, inf)", "optimizer steps"),
     ("epochs", int, 1, None, "[1, inf)", "instead of --steps: passes over the data"),
-    ("batch-size", int, 256, 32, "[1, inf)", "|B|: the effective global batch, over all ranks and micro-batches"),
-    ("micro-batch-tokens", int, 16384, 8192, "[1, inf)", "padded tokens of one forward; never changes the result"),
+    ("batch-size", int, 256, 32, "[1, inf)", "|B|: the effective global batch, of all ranks together"),
+    ("micro-batch-tokens", int, 16384, 8192, "[1, inf)", "padded tokens of one forward; changes no result"),
     ("max-length", int, 2048, 128, "[2, inf)", "tokens of prompt and response; longer responses are cut"),
     ("lr", float, 5e-5, 3e-4, "(0, inf)", "peak learning rate"),
-    ("warmup-ratio", float, 0.1, 0.1, "[0, 1]", "share of the steps that warm up, linearly; then a cosine to 0"),
+    ("warmup-ratio", float, 0.1, 0.1, "[0, 1]", "share of the steps that warm up; then a cosine to 0"),
     ("weight-decay", float, 0.01, 0.0, "[0, inf)", "of AdamW"),
     ("clip", float, 1.0, 1.0, "(0, inf]", "largest gradient norm"),
-    ("seed", int, 0, 0, "[0, 1e9]", "decides the order of the data, rewrites, and everything in the classroom"),
+    ("seed", int, 0, 0, "[0, 1e9]", "decides order, rewrites, and everything in the classroom"),
     ("save-every", int, 500, 100, "[1, inf)", "steps between checkpoints"),
     ("classroom-size", int, None, 640, "[1, 100000]", "demonstrations in the classroom"),
-    ("classroom-digits", int, None, 3, "[1, 6]", "digits of the numbers to add (the base model knows up to 3)"),
+    ("classroom-digits", int, None, 3, "[2, 6]", "digits of the numbers to add; the base model knows 1 to 3"),
     ("incompatible", float, None, 0.4, "[0, 1]", "share of incompatible demonstrations in the classroom"),
 ]
 # what may change between a run and its continuation: none of it changes the result
@@ -73,7 +74,7 @@ FREE = {"out", "resume", "save_every", "micro_batch_tokens", "gradient_checkpoin
 
 
 class UserError(Exception):
-    """A mistake in the input, as one line: what, where, what to do. Raised on every rank alike; exit code 2."""
+    """A mistake in the input, in one line: what, where, what to do. The same on every rank; exit code 2."""
 
 
 @dataclass(slots=True)
@@ -112,7 +113,7 @@ def train_step(net, optimizer, batches, a):
     """
     outputs = []
     for batch in batches:
-        last = batch is batches[-1]                            # DDP prepares its reduction in the last forward only
+        last = batch is batches[-1]                            # DDP prepares its one reduction in the last forward
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
             outputs.append(net(batch["input_ids"], batch["labels"]))           # nll, mask: [rows, T-1]
     nll, mask = (torch.cat(widen(parts)) for parts in zip(*outputs))           # [B, T-1]
@@ -132,25 +133,27 @@ def train_step(net, optimizer, batches, a):
     rows = [index, c_raw, c_hat, w, sample_loss, cadft.dft_loss(nll, mask), nll.sum(1), mask.sum(1), tokens,
             grad_norm, torch.tensor(peak_memory()), torch.tensor(stop.signal)]
     rows = [row.detach().to(nll.device, torch.float64).expand(len(nll)) for row in rows]
-    return gather_rows(torch.stack(rows, dim=1)).cpu()
+    return cadft.gather(torch.stack(rows, dim=1)).cpu()
 
 
-COLUMNS = ("index", "c_raw", "c_hat", "w", "loss", "dft", "nll", "response_tokens", "tokens", "grad_norm", "memory",
-           "signal")
+COLUMNS = ("index", "c_raw", "c_hat", "w", "loss", "dft", "nll", "response_tokens", "tokens",
+           "grad_norm", "memory", "signal")
 
 
 def train(run, world, rank, device):
-    """The loop over steps: train, average, log, rewrite, save. Returns the exit code."""
+    """The loop over steps: train, average, rewrite, log, save. Returns the exit code."""
     a, net = run.args, ResponseNLL(run.lm, run.args.dtype, device)
     if world > 1:
         net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
                                       broadcast_buffers=False, gradient_as_bucket_view=True)
     began = time.perf_counter() - run.seconds
+    log = open(Path(a.out, "log.jsonl"), "a") if rank == 0 else None
     bar = tqdm(total=a.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
-    with stop, open(Path(a.out, "log.jsonl"), "a") if rank == 0 else contextlib.nullcontext() as log:
+    with stop, bar, log or contextlib.nullcontext():
         while run.step < a.steps:
             run.step += 1
             start = time.perf_counter()
+            torch.manual_seed(key(a.seed, run.step))            # should the model draw anything (a noisy router)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(run.step, a)
             batches = [collate(rows, run.tokenizer, device) for rows in share(run, world, rank)]
@@ -161,7 +164,7 @@ def train(run, world, rank, device):
             if rewriting_due(run.step, a):
                 rewrite(run, world, rank)
             run.seconds = time.perf_counter() - began
-            if rank == 0:
+            if log:
                 row = log_row(run, table, elapsed)
                 print(json.dumps(row), file=log, flush=True)
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
@@ -170,14 +173,14 @@ def train(run, world, rank, device):
             if signalled or run.step % a.save_every == 0 or run.step == a.steps:
                 together(save, run, rank0=True)
             if signalled and run.step < a.steps:
-                say(f"\nstopped by {signal.Signals(signalled).name} after step {run.step}; saved. --resume goes on.")
+                name = signal.Signals(signalled).name
+                say(f"\nstopped by {name} after step {run.step} and saved; --resume goes on")
                 return 128 + signalled
-    bar.close()
     return 0
 
 
 class ResponseNLL(torch.nn.Module):
-    """token_nll as a module: what DistributedDataParallel wraps. Padding stands on the right, so no mask is needed."""
+    """token_nll as a module: what DDP wraps. Padding stands on the right, so no attention mask is needed."""
 
     def __init__(self, lm, dtype, device):
         super().__init__()
@@ -196,17 +199,18 @@ def widen(parts):
 
 
 def learning_rate(step, a):
-    """lr * min(1, t / warm-up steps), then the cosine: from lr down towards 0, never 0 itself. t counts from 1."""
+    """lr * min(1, t / warm-up steps), then lr times the cosine that would reach 0 at t = steps + 1 (t from 1)."""
     warm = round(a.warmup_ratio * a.steps)
     progress = max(0, step - 1 - warm) / max(1, a.steps - warm)
     return a.lr * min(1, step / max(1, warm)) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def share(run, world, rank):
-    """This rank's micro-batches of the current step: lists of examples, longest first, padded tokens <= the budget."""
+    """This rank's micro-batches of a step: lists of examples, longest first, of few enough padded tokens."""
     a, per_epoch = run.args, len(run.examples) // run.args.batch_size
     epoch, position = divmod(run.step - 1, per_epoch)
-    order = torch.randperm(len(run.examples), generator=torch.Generator().manual_seed(key(a.seed, "epoch", epoch)))
+    generator = torch.Generator().manual_seed(key(a.seed, "epoch", epoch))
+    order = torch.randperm(len(run.examples), generator=generator)
     mine = order[position * a.batch_size:(position + 1) * a.batch_size][rank::world].tolist()
     batches = []
     for example in sorted((run.examples[i] for i in mine), key=len, reverse=True):
@@ -233,8 +237,8 @@ def stop_if_diverged(table, step):
         own = ~torch.isfinite(table["loss"])
         which = table["index"][own if own.any() else bad].long().tolist()
         what = "loss" if own.any() else "gradient"
-        raise UserError(f"the {what} is not finite at step {step}, examples {which[:8]}: try a lower --lr, or look at "
-                        "these examples; the last checkpoint is untouched")
+        raise UserError(f"the {what} is not finite at step {step}, examples {which[:8]}: try a lower --lr, or look "
+                        "at these examples; the last checkpoint is untouched")
 
 
 def log_row(run, table, elapsed):
@@ -251,9 +255,11 @@ def log_row(run, table, elapsed):
             "seconds": run.seconds, "lr": learning_rate(run.step, run.args),
             "loss": (w * table["loss"]).mean().item(),
             "nll": (table["nll"].sum() / table["response_tokens"].sum()).item(),
-            "dft": table["dft"].mean().item(), "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(),
+            "dft": table["dft"].mean().item(),
+            "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(),
             "w_mean": w.mean().item(), "w_min": w.min().item(), "down_weighted": (w < 1).double().mean().item(),
-            "grad_norm": table["grad_norm"][0].item(), "tokens_per_second": table["tokens"].sum().item() / elapsed,
+            "grad_norm": table["grad_norm"][0].item(),
+            "tokens_per_second": table["tokens"].sum().item() / elapsed,
             "peak_memory": int(table["memory"].max()), "rewritten": len(run.rewrites),
             "kinds": {kind: by_kind(rows) for kind, rows in sorted(kinds.items())}}
 
@@ -268,7 +274,8 @@ def rewriting_due(step, a):
 
 def rewrite(run, world, rank, chunk=64):
     """One round: pick, toss, sample, write back, record. Chunks and their seeds don't depend on the ranks."""
-    a, stops, texts = run.args, eos_ids(run.lm, run.tokenizer), run.tokenizer
+    a, stops = run.args, eos_ids(run.lm, run.tokenizer)
+    text = lambda ids: run.tokenizer.decode(ids, skip_special_tokens=True)
     picked = run.tracker.pick(a.rewrite_fraction)
     drawn = [i for i in picked if random.Random(key(a.seed, run.step, i)).random() < a.rewrite_prob]
     drawn.sort(key=lambda i: (len(run.examples[i].prompt_ids), i))
@@ -280,20 +287,19 @@ def rewrite(run, world, rank, chunk=64):
             room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))   # the longest prompt's
             with torch.autocast(run.lm.device.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
                 new |= zip(some, cadft.nucleus_rewrite(
-                    run.lm, prompts, stops, pad_id(run.tokenizer), room, a.rewrite_top_p, a.rewrite_temperature,
-                    key(a.seed, run.step, "chunk", number)))
+                    run.lm, prompts, stops, pad_id(run.tokenizer), room, top_p=a.rewrite_top_p,
+                    temperature=a.rewrite_temperature, seed=key(a.seed, run.step, "chunk", number)))
     new = {i: ids for part in gather_objects(new) for i, ids in part.items()}
     rows = []
     for i in picked:
-        old, ids = run.examples[i].response_ids, new.get(i)
+        example, ids = run.examples[i], new.get(i)
         kept = ("not drawn" if ids is None else "cut off" if ids[-1] not in stops else
-                "empty" if not texts.decode(ids, skip_special_tokens=True).strip() else None)
-        text = [texts.decode(part, skip_special_tokens=True) for part in (run.examples[i].prompt_ids, old, ids or [])]
-        rows.append({"step": run.step, "index": i, "kind": run.examples[i].kind,
-                     "average": run.tracker.mean[i].item(), "prompt": text[0], "old": text[1],
-                     **({"kept": kept} if kept else {"new": text[2]})})
+                "empty" if not text(ids).strip() else None)
+        row = {"step": run.step, "index": i, "kind": example.kind, "average": run.tracker.mean[i].item(),
+               "prompt": text(example.prompt_ids), "old": text(example.response_ids)}
+        rows.append(row | ({"kept": kept} if kept else {"new": text(ids)}))
         if not kept:
-            run.rewrites[i] = run.examples[i].response_ids = array("i", ids)
+            run.rewrites[i] = example.response_ids = array("i", ids)
             run.tracker.forget(i)
     if rank == 0:
         with open(Path(a.out, "rewrites.jsonl"), "a") as file:
@@ -303,23 +309,25 @@ def rewrite(run, world, rank, chunk=64):
 # ==== 3. Data ===============================================================================================
 
 def load_examples(a, tokenizer):
-    """JSONL -> (examples, number of responses cut, number of rows dropped). Paper: responses are cut at max length."""
-    examples, dropped, cut, rows = [], 0, 0, read_jsonl(a.data) if a.data else classroom_rows(a)
+    """JSONL -> (examples, number of responses cut at --max-length, number of rows dropped: no response left)."""
+    examples, dropped, cut = [], 0, 0
+    rows = read_jsonl(a.data) if a.data else classroom_rows(a)
     while some := [(*dialogue(row, a, where), where, row.get("kind")) for where, row in batch_of(rows, 1000)]:
         turns, responses, wheres, kinds = zip(*some)
         prompts = encode_prompts(tokenizer, turns, wheres)
         answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         for prompt, answer, where, kind in zip(prompts, answers, wheres, kinds):
             if not prompt or not answer:
-                raise UserError(f"{where}: the text turns into no token; does the tokenizer belong to the model?")
+                raise UserError(f"{where}: the text turns into no token; is this the model's own tokenizer?")
             if answer[-1] != tokenizer.eos_token_id:
                 answer = answer + [tokenizer.eos_token_id]
             kept = answer[:max(0, a.max_length - len(prompt))]
             dropped, cut = dropped + (not kept), cut + (0 < len(kept) < len(answer))
             if kept:
-                examples.append(Example(len(examples), array("i", prompt), array("i", kept), kind and str(kind)))
+                kind = None if kind is None else str(kind)
+                examples.append(Example(len(examples), array("i", prompt), array("i", kept), kind))
     if not examples:
-        raise UserError(f"{a.data}: no usable row ({dropped} have prompts longer than --max-length {a.max_length})")
+        raise UserError(f"{a.data}: no usable row ({dropped} have prompts longer than --max-length); give other data")
     return examples, cut, dropped
 
 
@@ -357,7 +365,7 @@ def dialogue(row, a, where):
     named = a.prompt_field or a.response_field or "messages" not in row
     if named or prompt_field in row and response_field in row:
         fields = prompt_field, response_field
-        turns = [{"role": role, "content": row.get(field)} for role, field in zip(("user", "assistant"), fields)]
+        turns = [{"role": role, "content": row.get(name)} for role, name in zip(("user", "assistant"), fields)]
         names = [f'field "{field}"' for field in fields]
     else:
         turns = row["messages"] if isinstance(row["messages"], list) else []
@@ -384,11 +392,11 @@ def wrap(turns, template):
 
 
 def encode_prompts(tokenizer, dialogues, wheres):
-    """Token ids of prompts: by the chat template if there is one, else the text as it is. One bos, if there is one."""
+    """Token ids of prompts: by the chat template, else the text as it is. Exactly one bos, where there is one."""
     texts = []
     for turns, where in zip(dialogues, wheres):
         if not tokenizer.chat_template and len(turns) > 1:
-            raise UserError(f"{where}: {len(turns)} turns before the response, but the tokenizer has no chat template")
+            raise UserError(f"{where}: {len(turns)} turns before the response, and no chat template to join them")
         try:
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
                          if tokenizer.chat_template else turns[0]["content"])
@@ -405,11 +413,12 @@ def encode_prompts(tokenizer, dialogues, wheres):
 # ==== 4. Model and processes ================================================================================
 
 def load_model(path, dtype, device):
-    """The model at `path`, a folder or a hub name, in training mode. Raises UserError when it cannot be had whole."""
+    """(the model at `path`, a folder or a hub name, in training mode; names of the dropouts set to 0)."""
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         off = without_dropout(config)
-        lm, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        lm, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype,
+                                                        output_loading_info=True)
     except Exception as error:                                 # transformers raises many kinds
         raise UserError(f"{path}: no causal language model could be loaded ({first_line(error)})") from None
     if info["missing_keys"]:
@@ -418,11 +427,11 @@ def load_model(path, dtype, device):
 
 
 def without_dropout(config):
-    """Set every dropout of a config (and of its text model's) to 0; returns the names of those that were not."""
+    """Set every dropout of a config (and of its text model's) to 0; returns the names of those changed."""
     off = []
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
-            if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, float) and value > 0:
+            if "drop" in name and isinstance(value, float) and value > 0:
                 setattr(part, name, 0.0)
                 off.append(name)
     return off
@@ -443,7 +452,7 @@ def pad_id(tokenizer):
 
 
 def eos_ids(lm, tokenizer):
-    """All ids that end a response: the tokenizer's, and those of the model's generation settings (some have two)."""
+    """All ids that end a response: the tokenizer's, and those of the model's generation settings."""
     own = lm.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *([] if own is None else own if isinstance(own, list) else [own])})
 
@@ -462,26 +471,17 @@ def world_and_rank():
 
 
 def start_processes():
-    """Join the process group when torchrun started us: nccl on CUDA, else gloo. Returns this process's device."""
+    """Join the process group if torchrun started us: nccl on CUDA, else gloo. Returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name exists since torch 2.13 only
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return device
-
-
-def gather_rows(x):
-    """[B, ...] of every rank -> [G, ...]. The ranks hold equally many rows; cadft_loss has checked."""
-    world, _ = world_and_rank()
-    if world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
 
 
 def gather_objects(value):
@@ -494,7 +494,7 @@ def gather_objects(value):
 
 
 def together(function, *args, rank0=False):
-    """function(*args) on every rank, or on rank 0 while the others wait. What fails on one rank fails on all."""
+    """function(*args) on every rank, or on rank 0 while others wait. What fails on one rank fails on all."""
     result, error = None, None
     if not rank0 or world_and_rank()[1] == 0:
         try:
@@ -527,7 +527,7 @@ class Stop:
     signal, since = 0, 0.0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -547,7 +547,7 @@ stop = Stop()
 # ==== 5. Checkpoints ========================================================================================
 
 def save(run):
-    """Write a checkpoint beside the old one, flush it to disk, make it current by renaming it, drop the old one."""
+    """Write a checkpoint beside the old one, flush it, make it current by renaming it, drop the old one."""
     folder = Path(run.args.out, f"checkpoint-{run.step:08d}")
     draft, old = folder.with_suffix(".tmp"), checkpoint_of(run.args.out)
     state = {"step": run.step, "seconds": run.seconds, "optimizer": run.optimizer.state_dict(),
@@ -560,10 +560,10 @@ def save(run):
         flush(draft)
         os.replace(draft, folder)
         flush(folder.parent)
-    except Exception as error:                                 # each library reports a full disk in its own way
+    except Exception as error:                                 # each library has its own for a full disk
         shutil.rmtree(draft, ignore_errors=True)
-        raise UserError(f"{folder}: could not be saved ({first_line(error)}). Still there: {old or 'no checkpoint'}. "
-                        "Make room, then go on with --resume") from None
+        raise UserError(f"{folder}: could not be saved ({first_line(error)}). {old or 'No checkpoint'} is kept: "
+                        "make room, then go on with --resume") from None
     for other in set(folder.parent.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(other)
 
@@ -574,8 +574,8 @@ def finish(run):
         write_model(run, Path(run.args.out))
         flush(Path(run.args.out))
     except Exception as error:
-        raise UserError(f"{run.args.out}: the model could not be written ({first_line(error)}). The checkpoint is kept: "
-                        "make room, then go on with --resume") from None
+        raise UserError(f"{run.args.out}: the model could not be written ({first_line(error)}). The checkpoint "
+                        "is kept: make room, then go on with --resume") from None
     shutil.rmtree(checkpoint_of(run.args.out))
 
 
@@ -603,20 +603,20 @@ def load_state(folder, a, data_hash):
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         saved = state["args"]
     except Exception as error:
-        raise UserError(f"{folder}/state.pt: damaged ({first_line(error)}); restore it, or delete {folder} to start "
-                        "afresh") from None
-    differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})" for name, value in vars(a).items()
-              if name not in FREE and saved.get(name) != value]
+        raise UserError(f"{folder}/state.pt: damaged ({first_line(error)}); restore it, or delete {folder} to "
+                        "start afresh") from None
+    differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
+              for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
     if state["data"] != data_hash:
         differ.append(f"the content of {a.data or 'the classroom'}")
     if differ:
-        raise UserError(f"{folder} belongs to another run; it differs in {', '.join(differ)}. Restore that, or name "
-                        "another --out")
+        raise UserError(f"{folder} belongs to another run; it differs in {', '.join(differ)}. Restore that, or "
+                        "name another --out")
     return state
 
 
 def restore(run, state):
-    """Go on from `state`: averages, rewritten responses, optimizer, position; the weights are loaded already."""
+    """Go on from `state`: position, optimizer, averages, rewritten responses. The weights are loaded already."""
     run.step, run.seconds = state["step"], state["seconds"]
     run.optimizer.load_state_dict(state["optimizer"])
     run.tracker.load_state_dict(state["tracker"])
@@ -626,7 +626,7 @@ def restore(run, state):
 
 
 def start_files(run):
-    """Write args.json; drop what the logs say of steps after the checkpoint, since these will be run again."""
+    """Write args.json; drop what the logs say of steps after the checkpoint: these will be run again."""
     write_whole(Path(run.args.out, "args.json"), json.dumps(vars(run.args), indent=1) + "\n")
     for path in (Path(run.args.out, name) for name in ("log.jsonl", "rewrites.jsonl")):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -654,17 +654,17 @@ def parse(argv):
     parser.add_argument("--data", help="a JSONL file; with --model")
     parser.add_argument("--out", help="output folder (out/<method>-seed<seed>)")
     parser.add_argument("--method", choices=METHODS, default="cadft", help="token loss and weighting (cadft)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     parser.add_argument("--prompt-field", help="JSONL field of the prompt (prompt)")
     parser.add_argument("--response-field", help="JSONL field of the response (response)")
     parser.add_argument("--prompt-template", help='wraps each prompt, e.g. "{prompt} Reason step by step."')
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 (autocast) on CUDA")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="(bfloat16 on CUDA: autocast)")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                         help="recompute activations in the backward pass (on for your own model)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of incompatible demonstrations in the classroom (all)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of incompatible demonstrations (all)")
     for flag, type_, paper, classroom, interval, text in FLAGS:
         parser.add_argument("--" + flag, type=type_, metavar=type_.__name__.upper(),
-                            help=f"{text} (paper {paper}, classroom {classroom}, range {interval})".replace("%", "%%"))
+                            help=f"{text} (paper {paper}, classroom {classroom}, range {interval})")
     a = parser.parse_args(argv)
     if bool(a.model) != bool(a.data):
         raise UserError("--model and --data go together; with neither, the classroom runs")
@@ -697,21 +697,22 @@ def fill_in(a):
 
 def within(value, interval):
     low, high = map(float, interval[1:-1].split(","))
-    return low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
+    return low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")
 
 
-def check_sizes(a, examples, lm, tokenizer, world):
+def check_sizes(a, examples, lm, world):
     """What can be known to fail before the first step."""
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or INF
-    token, rows = max(max(*e.prompt_ids, *e.response_ids) for e in examples), len(lm.get_input_embeddings().weight)
+    token = max(max(*e.prompt_ids, *e.response_ids) for e in examples)
+    known = len(lm.get_input_embeddings().weight)
     if a.max_length > positions:
-        raise UserError(f"--max-length {a.max_length}: the model has {positions} positions; give {positions} or less")
+        raise UserError(f"--max-length {a.max_length}: the model has {positions} positions; give no more than that")
     if a.batch_size > len(examples):
         raise UserError(f"--batch-size {a.batch_size}: there are {len(examples)} usable examples; give a smaller one")
     if a.batch_size % world:
-        raise UserError(f"--batch-size {a.batch_size}: it is not a multiple of the {world} processes; give one that is")
-    if token >= rows:
-        raise UserError(f"the text has token {token}, the model only {rows}: do tokenizer and model belong together?")
+        raise UserError(f"--batch-size {a.batch_size}: does not divide among {world} processes; give a multiple")
+    if token >= known:
+        raise UserError(f"token {token} in the data, {known} in the model: do tokenizer and model belong together?")
 
 
 def describe(run, cut, dropped, off, world, device):
@@ -721,20 +722,21 @@ def describe(run, cut, dropped, off, world, device):
     rounds = [t for t in range(1, a.steps + 1) if rewriting_due(t, a)]
     useful = [t for t in rounds if t > per_epoch]              # before that nothing has been seen twice
     at = ", ".join(map(str, useful[:3])) + (f", ... {useful[-1]}" if len(useful) > 3 else "")
-    why = ("this method does not rewrite" if not METHODS[a.method][1] else "--rewrite-every is 0" if not a.rewrite_every
-           else f"T_warm {a.rewrite_after} and K {a.rewrite_every} give no step within {a.steps}" if not rounds
-           else f"no example is seen twice before step {per_epoch + 1} (one epoch is {per_epoch} steps)")
+    why = ("this method does not rewrite" if not METHODS[a.method][1] else
+           "--rewrite-every is 0" if not a.rewrite_every else
+           f"no step up to {a.steps} is due with T_warm {a.rewrite_after} and K {a.rewrite_every}" if not rounds else
+           f"no example is seen twice before step {per_epoch + 1}, after the last round")
     values = " ".join(f"{flag} {getattr(a, flag.replace('-', '_')):g}" for flag, *_ in FLAGS
                       if getattr(a, flag.replace("-", "_")) is not None)
-    lines = [f"{a.method} on {n:,} examples ({cut:,} responses cut at {a.max_length} tokens, {dropped:,} rows dropped)",
+    lines = [f"{a.method}: {n:,} examples ({cut:,} cut at {a.max_length} tokens, {dropped:,} dropped: no room)",
              f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {device.type} x {world}",
-             f"{a.steps:,} steps of {a.batch_size}, {per_epoch:,} an epoch ({n % a.batch_size} examples of each left out)",
+             f"{a.steps:,} steps of {a.batch_size}; {per_epoch:,} are an epoch, which leaves {n % a.batch_size} out",
              f"in force: {values}",
-             f"rewriting: can happen after {len(useful)} steps ({at})" if useful else f"rewriting: can't happen, {why}"]
+             f"rewriting: can happen after {len(useful)} steps ({at})" if useful else f"rewriting: can't: {why}"]
     if off:
         lines.append(f"dropout set to 0: {', '.join(off)}")
     if not cadft.plain_head(run.lm):
-        lines.append("this model alters its logits after the projection: they are kept whole, which takes memory")
+        lines.append("this model alters its logits after the projection; keeping them whole takes memory")
     if run.step:
         lines.append(f"going on after step {run.step}")
     say(*lines)
@@ -752,13 +754,14 @@ def report(run):
     first, last = ([row for row in log if row["epoch"] == log[i]["epoch"]] for i in (0, -1))
     kinds = sorted({kind for row in log for kind in row["kinds"]})
     if kinds:
-        say(f"{'kind':12}{'examples':>9}{'c_raw first epoch':>19}{'last':>8}{'mean c_hat':>12}{'w':>6}{'rewritten':>11}")
+        say(f"{'kind':10}{'examples':>9}{'c_raw first epoch':>19}{'last':>8}{'c_hat':>7}{'w':>6}{'rewritten':>11}")
     for kind in kinds:
         done = sum(row["kind"] == kind and "new" in row for row in rewrites)
-        say(f"{kind:12}{sum(e.kind == kind for e in run.examples):9}{mean(kind, 'c_raw', first):19.3f}"
-            f"{mean(kind, 'c_raw', last):8.3f}{mean(kind, 'c_hat', log):12.2f}{mean(kind, 'w', log):6.2f}{done:11}")
+        size = sum(e.kind == kind for e in run.examples) if kind != "rewritten" else len(run.rewrites)
+        say(f"{kind:10}{size:9}{mean(kind, 'c_raw', first):19.3f}{mean(kind, 'c_raw', last):8.3f}"
+            f"{mean(kind, 'c_hat', log):7.2f}{mean(kind, 'w', log):6.2f}{done:11}")
     new = sum("new" in row for row in rewrites)
-    say(f"nll {log[0]['nll']:.3f} -> {log[-1]['nll']:.3f}; {new} rewrites, {len(rewrites) - new} picked examples kept; "
+    say(f"nll {log[0]['nll']:.3f} -> {log[-1]['nll']:.3f}; {new} rewrites, {len(rewrites) - new} picked but kept; "
         f"{run.seconds:.0f} s", f"model: {out}    evaluate it: python evaluate.py {out}")
 
 
@@ -770,11 +773,11 @@ BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_atte
             max_position_embeddings=128)
 BASE_STEPS, BASE_BATCH, BASE_LR, BASE_WARMUP = 900, 64, 2e-3, 50
 COMPETENT, FIRST_LOOK, LOOK_EVERY = 0.25, 150, 25              # stop when this share of sums is right
-THREADS = 2                                                    # fixed: the number of threads changes the last digits
+THREADS = 2                                                    # fixed: their number changes the last digits
 
 
 def addition(a, b, slip=lambda column, total: total):
-    """The worked sum, units first: 347, 586 -> 7+6+0=13,4+8+1=13,3+5+1=9>933. `slip` may falsify a column's total."""
+    """A worked sum, units first: 347, 586 -> 7+6+0=13,4+8+1=13,3+5+1=9>933; `slip` may falsify a total."""
     width, steps, carry, digits = max(len(str(a)), len(str(b))), [], 0, ""
     for column, (x, y) in enumerate(zip(str(a).zfill(width)[::-1], str(b).zfill(width)[::-1])):
         total = slip(column, int(x) + int(y) + carry)
@@ -807,7 +810,8 @@ def classroom_rows(a, split="train"):
     """The demonstrations as rows of a JSONL file: ("where", {prompt, response, kind})."""
     held_out = set(problems(a.classroom_digits, 100, "test"))
     draw = random.Random(f"{split} {a.seed} kinds")
-    for number, (x, y) in enumerate(problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out), 1):
+    pairs = problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out)
+    for number, (x, y) in enumerate(pairs, 1):
         kind = draw.choice(a.kinds) if draw.random() < a.incompatible else "right"
         row = {"prompt": f"{x}+{y}:", "response": demonstration(x, y, kind, draw), "kind": kind}
         yield f"demonstration {number}", row
@@ -827,18 +831,18 @@ def demonstration(x, y, kind, draw):
 
 
 def base_document(draw):
-    """One text of the base model's corpus: (prompt, rest), 70 % additions with slips, 30 % copying and counting."""
+    """A text of the base model's corpus: 70 % additions with slips, 30 % copying and counting."""
     kind = draw.random()
     if kind < 0.7:
         first = draw.choice((1, 2, 2, 3, 3, 3))
         second = first if draw.random() < 0.7 else draw.randint(1, 3)
         a, b = (draw.randrange(10 ** (n - 1), 10 ** n) for n in (first, second))
-        return f"{a}+{b}:", addition(a, b, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
+        return f"{a}+{b}:" + addition(a, b, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
     if kind < 0.9:
         text = "".join(draw.choices("0123456789" if kind < 0.8 else CHARACTERS[-26:], k=draw.randint(2, 8)))
-        return "", f"{text}|{text}"
+        return f"{text}|{text}"
     start, stride = draw.randrange(100), draw.randint(1, 5)
-    return "", ",".join(str(start + i * stride) for i in range(draw.randint(3, 8)))
+    return ",".join(str(start + i * stride) for i in range(draw.randint(3, 8)))
 
 
 def classroom_tokenizer():
@@ -853,7 +857,7 @@ def classroom_tokenizer():
 
 
 def train_base(folder, seed, device):
-    """Train the classroom's base model until it is half-competent, and keep it as `folder`, whole or not at all."""
+    """Train the classroom's base model until it is half-competent; keep it as `folder`, whole or not at all."""
     tokenizer, draw = classroom_tokenizer(), random.Random(f"base {seed}")
     torch.manual_seed(seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -865,7 +869,7 @@ def train_base(folder, seed, device):
     bar = tqdm(total=BASE_STEPS, desc=f"base model {folder.name}", unit="step", disable=None)
     for step in range(1, BASE_STEPS + 1):
         optimizer.param_groups[0]["lr"] = 0.1 * BASE_LR + 0.9 * learning_rate(step, schedule)
-        texts = ["".join(base_document(draw)) for _ in range(BASE_BATCH)]
+        texts = [base_document(draw) for _ in range(BASE_BATCH)]
         rows = [Example(0, [tokenizer.bos_token_id], ids + [tokenizer.eos_token_id])
                 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         batch = collate(rows, tokenizer, device)
@@ -894,8 +898,9 @@ def train_base(folder, seed, device):
 def competence(lm, tokenizer, pairs, seed):
     """The share of sums that the model gets right when sampled at temperature 1."""
     prompts = encode_prompts(tokenizer, [[{"content": f"{a}+{b}:"}] for a, b in pairs], pairs)
-    samples = cadft.nucleus_rewrite(lm, prompts, [tokenizer.eos_token_id], tokenizer.pad_token_id, 64, 1.0, 1.0, seed)
-    return sum(ids[-1] == tokenizer.eos_token_id and is_sum(tokenizer.decode(ids[:-1]), a + b)
+    eos = tokenizer.eos_token_id
+    samples = cadft.nucleus_rewrite(lm, prompts, [eos], tokenizer.pad_token_id, 64, 1.0, 1.0, seed)
+    return sum(ids[-1] == eos and is_sum(tokenizer.decode(ids[:-1]), a + b)
                for ids, (a, b) in zip(samples, pairs)) / len(pairs)
 
 
@@ -907,25 +912,27 @@ def prepare(a, device, world):
     source = a.model or str(out.parent / f"base-seed{a.seed}")
     tokenizer = load_tokenizer(source)
     examples, cut, dropped = load_examples(a, tokenizer)
-    data_hash = hashlib.sha256(b"".join(b"%d:" % len(ids) + bytes(ids) for e in examples
-                                        for ids in (e.prompt_ids, e.response_ids))).hexdigest()
+    content = hashlib.sha256()
+    for ids in (ids for e in examples for ids in (e.prompt_ids, e.response_ids)):
+        content.update(b"%d:" % len(ids) + bytes(ids))
     a.steps = a.steps or a.epochs * (len(examples) // a.batch_size)
     if a.resume and (folder := checkpoint_of(out)):
-        resumed = load_state(folder, a, data_hash)
+        resumed = load_state(folder, a, content.hexdigest())
         source = folder
     lm, off = load_model(source, torch.float64 if a.dtype == "float64" else torch.float32, device)
-    check_sizes(a, examples, lm, tokenizer, world)
+    check_sizes(a, examples, lm, world)
     if a.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=a.lr, betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
-    run = Run(a, lm, tokenizer, examples, data_hash, optimizer, cadft.CompatibilityEMA(len(examples), a.ema_decay), {})
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
+    tracker = cadft.CompatibilityEMA(len(examples), a.ema_decay)
+    run = Run(a, lm, tokenizer, examples, content.hexdigest(), optimizer, tracker, {})
     if resumed:
         restore(run, resumed)
     return run, (cut, dropped, off)
 
 
 def open_folder(a, device):
-    """Rank 0: make the output folder and the base model. Returns True when the run there is finished already."""
+    """Rank 0: make the output folder and the base model. Returns True when a finished run is there already."""
     out = Path(a.out)
     if (out / "args.json").exists():
         if not a.resume:
@@ -943,7 +950,7 @@ def open_folder(a, device):
 
 
 def main(argv=None):
-    """Run train.py with these arguments; returns the exit code (0; 2 for a mistake in the input; 128 + signal)."""
+    """Run train.py with these arguments. Returns the exit code: 0, 2 (mistake in the input), 128 + signal."""
     try:
         a, device = parse(argv), start_processes()
         world, rank = world_and_rank()
@@ -963,6 +970,11 @@ def main(argv=None):
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (OSError, torch.OutOfMemoryError) as error:         # of one rank; torchrun ends the others
+        more = ("; micro-batches do not bound what one forward of the step keeps: take more processes, "
+                "--gradient-checkpointing, a smaller --max-length or --batch-size")
+        print(f"train.py: {first_line(error)}{'' if isinstance(error, OSError) else more}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:                                  # before the loop, where there is nothing to save
         return 130
