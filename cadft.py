@@ -166,7 +166,7 @@ def cadft_loss(loss, w):
     """
     _check_equal_rows(loss)
     G = _world_size() * len(loss)                                               # |B|
-    return _world_size() / G * (w.detach() * loss).sum()
+    return _world_size() * (w.detach() * loss).sum() / G
 
 
 def _world_size():

@@ -235,7 +235,7 @@ def stop_if_diverged(table, step):
     bad = ~torch.isfinite(table["loss"] * table["w"] + table["grad_norm"])
     if bad.any():
         own = ~torch.isfinite(table["loss"])
-        which = table["index"][own if own.any() else bad].long().tolist()
+        which = sorted(table["index"][own if own.any() else bad].long().tolist())
         what = "loss" if own.any() else "gradient"
         raise UserError(f"the {what} is not finite at step {step}, examples {which[:8]}: try a lower --lr, or look "
                         "at these examples; the last checkpoint is untouched")
@@ -477,7 +477,10 @@ def start_processes():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun may keep its store when it restarts workers: the addresses of the lost ones must not be found there
+        store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name exists since torch 2.13 only
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,0 +1,872 @@
+"""The laws that the code obeys: the method (in cadft.py's order), the loop, nothing lost, bad input, evaluation.
+
+    python -m pytest -q              all but the long ones
+    python -m pytest -q -m long      kills a run at random moments, many times
+"""
+import json
+import math
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # before transformers is imported: no test may look for the network
+import pytest
+import torch
+import torch.multiprocessing as mp
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cadft
+import train
+
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)       # no ini file to register "long" in
+LONG = pytest.mark.skipif("long" not in sys.argv, reason="run by: pytest -m long")
+HERE = Path(__file__).parent
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
+CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}#{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def tiny(architecture="llama", seed=0, **more):
+    """A random model of 2 layers with the classroom's vocabulary."""
+    size = dict(vocab_size=len(train.classroom_tokenizer()), bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    size |= (dict(n_embd=32, n_layer=2, n_head=2, n_positions=128) if architecture == "gpt2" else
+             dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                  num_key_value_heads=1, max_position_embeddings=128))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(architecture, **size | more))
+
+
+def folder(path, architecture="llama", chat=None, **more):
+    """The same as a Hugging Face folder, with a tokenizer."""
+    tokenizer = train.classroom_tokenizer()
+    tokenizer.chat_template = chat
+    tiny(architecture, **more).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def rows(n=24, seed=0):
+    """Demonstrations of which every third is noise that a model can't learn."""
+    draw = random.Random(seed)
+    noise = lambda: "".join(draw.choices("klmnopqrstuvwxyz", k=draw.randint(4, 9)))
+    return [{"prompt": f"{i}+{i}:", "response": noise() if i % 3 == 0 else "ab", "kind": "noise" if i % 3 == 0 else "ab"}
+            for i in range(n)]
+
+
+def jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def some_batch(lengths=((3, 4), (2, 6), (5, 1)), pad=0, width=None, left=False, seed=0):
+    """input_ids, attention_mask, labels of random rows with these prompt and response lengths."""
+    draw, batch = random.Random(seed), []
+    width = width or max(map(sum, lengths))
+    for prompt, response in lengths:
+        ids = [draw.randrange(3, 40) for _ in range(prompt + response)]
+        label, seen, free = [-100] * prompt + ids[prompt:], [1] * len(ids), width - len(ids)
+        batch.append([[fill] * free + part if left else part + [fill] * free
+                      for part, fill in ((ids, pad), (seen, 0), (label, -100))])
+    return [torch.tensor(part) for part in zip(*batch)]
+
+
+# ==== token_nll =======================================================================================================
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nll_of_one_sample_averages_to_the_models_own_loss(architecture):
+    lm = tiny(architecture).double().eval()
+    for lengths in [(3, 4)], [(1, 9)], [(8, 1)]:
+        ids, seen, labels = some_batch(lengths)
+        nll, mask = cadft.token_nll(lm, ids, seen, labels)
+        own = lm(input_ids=ids, attention_mask=seen, labels=labels).loss
+        torch.testing.assert_close(cadft.sft_loss(nll, mask)[0].to(own.dtype), own)    # theirs is float32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nll_and_dft_equal_softmax_and_gather_gradients_too(architecture):
+    lm = tiny(architecture).double().eval()
+    ids, seen, labels = some_batch()
+    logits = lm(input_ids=ids, attention_mask=seen).logits[:, :-1]
+    targets, expected_mask = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
+    p = torch.softmax(logits, -1).gather(-1, targets[..., None])[..., 0]                # [B, T-1]
+    plain = -(p.detach() * p.log() * expected_mask).sum(1) / expected_mask.sum(1)       # [B] DFT, naively
+    expected = torch.autograd.grad(plain.sum(), list(lm.parameters()))
+    for chunk in 1, 3, 512:
+        nll, mask = cadft.token_nll(lm, ids, seen, labels, chunk)
+        assert torch.equal(mask, expected_mask) and (nll[~mask] == 0).all()
+        torch.testing.assert_close(nll[mask], -p.log()[mask])
+        loss = cadft.dft_loss(nll, mask)
+        torch.testing.assert_close(loss, plain)
+        for ours, naive in zip(torch.autograd.grad(loss.sum(), list(lm.parameters())), expected):
+            torch.testing.assert_close(ours, naive)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nll_does_not_depend_on_padding_row_order_or_the_pad_token(architecture):
+    lm = tiny(architecture).double().eval()
+    ids, seen, labels = some_batch()
+    nll, mask = cadft.token_nll(lm, ids, seen, labels)
+    response = lambda nll, mask: [row[keep] for row, keep in zip(nll, mask)]
+    wide = dict(width=30, pad=2)                                       # pad = eos, as many tokenizers have it
+    for other in (some_batch(**wide), some_batch(**wide, left=True), (ids, None, labels)):
+        if other[1] is not None and not other[1][:, 0].all():          # left padding: give positions as generate does
+            positions = other[1].cumsum(1).sub(1).clamp(min=0)
+            expected = lm(input_ids=other[0], attention_mask=other[1], position_ids=positions).logits
+            if not torch.allclose(expected, lm(input_ids=other[0], attention_mask=other[1]).logits):
+                continue                                               # absolute positions: left padding shifts them
+        for ours, alone in zip(response(*cadft.token_nll(lm, *other)), response(nll, mask)):
+            torch.testing.assert_close(ours, alone)
+    flipped, _ = cadft.token_nll(lm, ids.flip(0), seen.flip(0), labels.flip(0))
+    torch.testing.assert_close(flipped.flip(0), nll)
+
+
+def test_nll_dtypes_bfloat16_goes_up_float64_stays():
+    ids, seen, labels = some_batch()
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+                            (torch.float64, torch.float64)):
+        assert cadft.token_nll(tiny().to(dtype), ids, seen, labels)[0].dtype == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cadft.token_nll(tiny(), ids, seen, labels)[0].dtype == torch.float32
+
+
+def test_logits_altered_after_the_projection_are_taken_from_the_model():
+    ids, seen, labels = some_batch()
+    capped = tiny("gemma2", initializer_range=1.0, final_logit_softcapping=3.0).double()
+    own = torch.log_softmax(capped(input_ids=ids, attention_mask=seen).logits[:, :-1], -1)
+    nll, mask = cadft.token_nll(capped, ids, seen, labels)
+    torch.testing.assert_close(nll[mask], -own.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0][mask])
+    raw = capped.get_output_embeddings()(capped.base_model(input_ids=ids, attention_mask=seen).last_hidden_state)
+    assert (raw.abs() > 3).any()                                       # the cap bites: without it NLL would differ
+    assert not cadft.plain_head(tiny("gemma2"))                        # small logits hide the cap; the config tells
+    assert not cadft.plain_head(tiny("cohere", logit_scale=0.0625))
+    assert not cadft.plain_head(tiny("granite", logits_scaling=8.0))
+    assert cadft.plain_head(tiny("gemma2", final_logit_softcapping=None))
+    assert all(cadft.plain_head(tiny(name)) for name in ("llama", "qwen2", "qwen3", "gpt2"))
+
+
+def test_altered_logits_are_found_even_where_no_config_tells():
+    class Sharpened(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.01
+            return out
+    torch.manual_seed(0)
+    assert not cadft.plain_head(Sharpened(tiny().config))
+
+
+# ==== compatibility, z-score, weight ==================================================================================
+
+NLL = torch.tensor([[math.log(2), math.log(4), 9.0], [math.log(10), 9.0, 9.0]])
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def test_compatibility_by_hand():
+    nll = NLL.clone().requires_grad_()
+    c_raw = cadft.compatibility(nll, MASK)
+    torch.testing.assert_close(c_raw, torch.tensor([1.5 * math.log(2), math.log(10)]))
+    assert not c_raw.requires_grad
+
+
+@pytest.mark.parametrize("function", (cadft.compatibility, cadft.sft_loss, cadft.dft_loss))
+def test_a_row_without_response_raises_and_is_named(function):
+    with pytest.raises(ValueError, match=r"row\(s\) \[1\]"):
+        function(torch.ones(3, 4), torch.tensor([[True] * 4, [False] * 4, [True] * 4]))
+
+
+def test_zscore_equals_the_textbook():
+    scores = [0.3, 1.7, 0.9, 4.2, 0.31]
+    mu, sigma = statistics.fmean(scores), statistics.pstdev(scores)
+    expected = torch.tensor([(c - mu) / (sigma + 1e-6) for c in scores], dtype=torch.float64)
+    torch.testing.assert_close(cadft.batch_zscore(torch.tensor(scores, dtype=torch.float64)), expected)
+    assert not cadft.batch_zscore(torch.tensor(scores, requires_grad=True)).requires_grad
+
+
+def test_a_batch_of_one_and_equal_scores_have_c_hat_0_and_w_1_exactly():
+    draw, literal_fails = random.Random(0), 0
+    for _ in range(200):
+        c_raw = torch.full((draw.randint(2, 256),), draw.uniform(0, 20))
+        c_hat = cadft.batch_zscore(c_raw)
+        assert (c_hat == 0).all() and (cadft.compatibility_weight(c_hat) == 1).all()
+        literal = (c_raw - c_raw.mean()) / (c_raw.std(correction=0) + 1e-6)
+        literal_fails += bool((cadft.compatibility_weight(literal) != 1).any())
+    assert literal_fails > 20                                          # what the shift is for
+    assert cadft.batch_zscore(torch.tensor([3.7])).tolist() == [0.0]
+
+
+def test_weight_by_hand_and_at_its_limits():
+    c_hat = torch.tensor([-3.0, 0.0, 1.0, 2.0, 1e30], requires_grad=True)
+    w = cadft.compatibility_weight(c_hat, beta=0.5)
+    torch.testing.assert_close(w, torch.tensor([1.0, 1.0, math.exp(-0.5), math.exp(-1.0), 0.0]))
+    assert not w.requires_grad
+    assert (cadft.compatibility_weight(c_hat, beta=0.0) == 1).all()
+    for beta in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="beta"):
+            cadft.compatibility_weight(c_hat, beta)
+
+
+# ==== The objectives ==================================================================================================
+
+def test_sft_and_dft_by_hand():
+    torch.testing.assert_close(cadft.sft_loss(NLL, MASK), torch.tensor([1.5 * math.log(2), math.log(10)]))
+    torch.testing.assert_close(cadft.dft_loss(NLL, MASK), torch.tensor(
+        [(0.5 * math.log(2) + 0.25 * math.log(4)) / 2, 0.1 * math.log(10)]))
+    spoiled = NLL.masked_fill(~MASK, math.nan)                         # whatever stands outside the response
+    assert torch.equal(cadft.dft_loss(spoiled, MASK), cadft.dft_loss(NLL, MASK))
+
+
+@pytest.mark.parametrize("p", (0.9, 0.5, 0.3, 0.05, 1e-6))
+def test_dft_raises_the_probability_of_every_token_also_below_1_over_e(p):
+    """d loss / d log p = -p. Without the stop-gradient it would be -p (1 + log p): positive below 1/e."""
+    nll = torch.tensor([[-math.log(p)]], dtype=torch.float64, requires_grad=True)
+    cadft.dft_loss(nll, torch.tensor([[True]])).sum().backward()
+    torch.testing.assert_close(nll.grad, torch.tensor([[p]], dtype=torch.float64))
+
+
+def test_cadft_loss_divides_by_the_batch_and_beta_0_is_dft():
+    loss, w = torch.tensor([1.0, 2.0, 6.0], requires_grad=True), torch.tensor([1.0, 0.5, 0.25], requires_grad=True)
+    total = cadft.cadft_loss(loss, w)
+    total.backward()
+    assert total.item() == pytest.approx(3.5 / 3) and w.grad is None
+    torch.testing.assert_close(loss.grad, torch.tensor([1.0, 0.5, 0.25]) / 3)
+    nll, mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)), torch.ones(5, 7, dtype=torch.bool)
+    w = cadft.compatibility_weight(cadft.batch_zscore(cadft.compatibility(nll, mask)), beta=0.0)
+    assert torch.equal(cadft.cadft_loss(cadft.dft_loss(nll, mask), w), cadft.dft_loss(nll, mask).sum() / 5)
+
+
+def test_one_backward_over_micro_batches_equals_the_naive_two_passes():
+    lm, a = tiny().double(), train.parse(["--beta", "2", "--clip", "inf", "--dtype", "float64"])
+    parts = [some_batch(((3, 4), (2, 6)), seed=1), some_batch(((4, 9),), seed=2), some_batch(((1, 1), (2, 2)), seed=3)]
+    with torch.no_grad():                                              # pass 1: scores
+        c_raw = torch.cat([cadft.compatibility(*cadft.token_nll(lm, *part)) for part in parts])
+    z = (c_raw - c_raw.mean()) / (c_raw.std(correction=0) + 1e-6)
+    w = torch.exp(-2 * z.clamp(min=0)).split([2, 1, 2])
+    for part, weight in zip(parts, w):                                 # pass 2: one backward a micro-batch
+        (weight * cadft.dft_loss(*cadft.token_nll(lm, *part))).sum().div(5).backward()
+    naive = [p.grad.clone() for p in lm.parameters()]
+    lm.zero_grad()
+
+    class Keep(torch.optim.SGD):                                       # an optimizer that leaves the gradients there
+        def step(self): pass
+        def zero_grad(self): pass
+    batches = [dict(input_ids=ids, labels=labels, index=torch.arange(len(ids)), tokens=seen.sum(1))
+               for ids, seen, labels in parts]
+    table = train.train_step(train.ResponseNLL(lm, "float64", torch.device("cpu")), Keep(lm.parameters()), batches, a)
+    torch.testing.assert_close(table[:, train.COLUMNS.index("w")], torch.cat(w))
+    for ours, expected in zip((p.grad for p in lm.parameters()), naive):
+        torch.testing.assert_close(ours, expected)
+
+
+def in_two_processes(rank, port, results):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    lm = torch.nn.parallel.DistributedDataParallel(train.ResponseNLL(tiny().double(), "float64", torch.device("cpu")))
+    ids, _, labels = some_batch(((3, 4), (2, 6), (5, 1), (2, 3)))
+    nll, mask = lm(ids[rank::2], labels[rank::2])
+    c_hat = cadft.batch_zscore(cadft.compatibility(nll, mask))
+    cadft.cadft_loss(cadft.dft_loss(nll, mask), cadft.compatibility_weight(c_hat)).backward()
+    uneven = []
+    for call in (cadft.batch_zscore, lambda x: cadft.cadft_loss(x, x)):
+        try:
+            call(torch.ones(1 + rank))
+        except ValueError as error:
+            uneven.append(str(error))
+    torch.save({"c_hat": c_hat, "grad": [p.grad for p in lm.parameters()], "uneven": uneven}, f"{results}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_the_global_batch(tmp_path):
+    lm = tiny().double()
+    ids, _, labels = some_batch(((3, 4), (2, 6), (5, 1), (2, 3)))
+    nll, mask = cadft.token_nll(lm, ids, None, labels)
+    c_hat = cadft.batch_zscore(cadft.compatibility(nll, mask))
+    cadft.cadft_loss(cadft.dft_loss(nll, mask), cadft.compatibility_weight(c_hat)).backward()
+    mp.spawn(in_two_processes, (29500 + os.getpid() % 500, f"{tmp_path}/rank"), nprocs=2)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"rank{rank}")
+        torch.testing.assert_close(got["c_hat"], c_hat[rank::2])
+        assert len(got["uneven"]) == 2 and all("[1, 2]" in message for message in got["uneven"])
+        for ours, expected in zip(got["grad"], lm.parameters()):
+            torch.testing.assert_close(ours, expected.grad)
+
+
+# ==== Rewriting =======================================================================================================
+
+def test_moving_average_by_hand():
+    ema = cadft.CompatibilityEMA(4, decay=0.9)
+    ema.update(torch.tensor([2, 0]), torch.tensor([1.0, -1.0]))
+    ema.update(torch.tensor([2]), torch.tensor([2.0]))
+    torch.testing.assert_close(ema.mean, torch.tensor([-1, 0, 0.9 * 1 + 0.1 * 2, 0], dtype=torch.float64))
+    assert ema.seen.tolist() == [1, 0, 2, 0]
+    other = cadft.CompatibilityEMA(4)
+    other.load_state_dict(ema.state_dict())
+    ema.forget(2)
+    assert ema.seen[2] == 0 and ema.mean[2] == 0 and other.seen[2] == 2 and other.decay == 0.9
+    with pytest.raises(ValueError, match="twice"):
+        ema.update(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match="does not fit"):
+        cadft.CompatibilityEMA(3).load_state_dict(ema.state_dict())
+    for decay in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="decay"):
+            cadft.CompatibilityEMA(3, decay)
+
+
+def test_pick_takes_the_persistent_ones_highest_first():
+    ema = cadft.CompatibilityEMA(100, decay=0.5)
+    ema.update(torch.arange(100), torch.linspace(-1, 1, 100))
+    assert ema.pick(1.0) == []                                         # seen once: nothing is persistent yet
+    ema.update(torch.arange(90), torch.linspace(-1, 1, 100)[:90])      # the ten highest are not seen again
+    assert ema.pick(1.0) == list(range(89, 49, -1))                    # average above 0 only
+    assert ema.pick(0.29) == list(range(89, 60, -1)) and len(ema.pick(0.29)) == 29
+    assert ema.pick(0.005) == [89]                                     # half an example: at least one
+    ema.forget(89)
+    assert ema.pick(0.02) == [88, 87]
+
+
+@pytest.fixture(scope="module")
+def spiky():
+    """A model of clearly unequal next-token probabilities, whose own generation settings would interfere."""
+    lm = tiny(initializer_range=0.6)
+    lm.generation_config.update(do_sample=True, top_k=20, repetition_penalty=1.05, temperature=0.3, top_p=0.5,
+                                max_length=20, eos_token_id=2)
+    return lm.train()
+
+
+def test_sampling_obeys_top_p_and_temperature_and_nothing_else(spiky):
+    prompt, n = [1, 7, 12, 30, 7], 6000
+    z = spiky.eval()(input_ids=torch.tensor([prompt])).logits[0, -1].double().detach()
+    for top_p, temperature in ((0.9, 0.7), (1.0, 1.0)):
+        p, order = torch.softmax(z / temperature, -1).sort(descending=True)
+        inside = (p.cumsum(-1) - p) < top_p                            # the smallest set that reaches top_p
+        expected = torch.zeros_like(p).index_put((order[inside],), p[inside] / p[inside].sum())
+        drawn = cadft.nucleus_rewrite(spiky, [prompt] * n, [2], 0, 1, top_p, temperature, seed=1)
+        share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(z)) / n
+        assert (share[expected == 0] == 0).all()
+        assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+    assert inside.sum() > 20                                           # top-k 20 would have cut this one
+
+
+def test_sampling_leaves_everything_as_it_was_and_is_seeded(spiky):
+    spiky.train()
+    settings, state = spiky.generation_config, torch.get_rng_state()
+    prompts = [[1, 5, 9], [1, 8], [1, 4, 4, 4, 6, 9, 11]]
+    first = cadft.nucleus_rewrite(spiky, prompts, [2], 0, 40, seed=3)
+    assert first == cadft.nucleus_rewrite(spiky, prompts, [2], 0, 40, seed=3)
+    assert first != cadft.nucleus_rewrite(spiky, prompts, [2], 0, 40, seed=4)
+    assert torch.equal(state, torch.get_rng_state()) and spiky.training and spiky.generation_config is settings
+    with pytest.raises(Exception):
+        cadft.nucleus_rewrite(spiky, prompts, [2], 0, 0)               # no room for a single token
+    assert torch.equal(state, torch.get_rng_state()) and spiky.training and spiky.generation_config is settings
+
+
+def test_greedy_sampling_is_the_models_argmax_whatever_the_padding(spiky):
+    prompts, eos = [[1, 5, 9], [1, 8], [1, 4, 4, 4, 6, 9, 11]], 2
+    together = cadft.nucleus_rewrite(spiky, prompts, [eos], eos, 30, temperature=0)    # pad = eos
+    for prompt, got in zip(prompts, together):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < 30 and (len(ids) == len(prompt) or ids[-1] != eos):
+            ids.append(spiky.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert got == ids[len(prompt):]
+
+
+def test_what_ended_ends_with_eos_and_the_rest_was_cut_off():
+    lm, stops = tiny(), [2, 9, 17]
+    out = cadft.nucleus_rewrite(lm, [[1, 5]] * 200, stops, 0, 12, top_p=1.0, temperature=1.0)
+    assert all(not set(ids[:-1]) & set(stops) for ids in out)
+    ended = [ids for ids in out if ids[-1] in stops]
+    assert 0 < len(ended) < 200 and all(len(ids) == 12 for ids in out if ids[-1] not in stops)
+
+
+# ==== The loop ========================================================================================================
+
+def run(*flags, code=0):
+    """train.main in this process, with the smallest sensible settings."""
+    argv = [str(flag) for flag in flags]
+    for flag, value in (("--batch-size", 4), ("--max-length", 64), ("--lr", 1e-3), ("--steps", 12)):
+        if flag not in argv and not (flag == "--steps" and "--epochs" in argv):
+            argv += [flag, str(value)]
+    assert train.main(argv) == code
+
+
+def log(out, name="log.jsonl", drop=("seconds", "tokens_per_second", "peak_memory")):
+    lines = [json.loads(line) for line in Path(out, name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+def close(one, other, rtol):
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other):
+        for name in ("loss", "nll", "dft", "c_mean", "c_std", "w_mean", "w_min", "grad_norm"):
+            assert math.isclose(a[name], b[name], rel_tol=rtol), (a["step"], name, a[name], b[name])
+
+
+REWRITING = ("--rewrite-after", 12, "--rewrite-every", 3, "--rewrite-fraction", 0.2, "--rewrite-max-tokens", 40,
+             "--rewrite-prob", 0.8, "--lr", 1e-2, "--steps", 30)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a tiny model and data, and one float64 run on them that rewrites."""
+    path = tmp_path_factory.mktemp("made")
+    made = {"path": path, "model": folder(path / "model"), "data": jsonl(path / "data.jsonl", rows())}
+    made["flags"] = ["--model", made["model"], "--data", made["data"], "--dtype", "float64", *REWRITING]
+    run(*made["flags"], "--out", path / "one")
+    return made
+
+
+@pytest.fixture(scope="module")
+def two_ranks(made):
+    """The same run on two processes."""
+    torchrun(*made["flags"], "--out", made["path"] / "ranks")
+    return made["path"] / "ranks"
+
+
+def test_learning_rate_starts_above_0_peaks_and_falls_by_the_cosine():
+    a = train.parse(["--steps", "100", "--lr", "2", "--warmup-ratio", "0.1"])
+    lr = [train.learning_rate(t, a) for t in range(1, 101)]
+    assert lr[0] == 0.2 and lr[9] == lr[10] == 2 and 0 < lr[-1] < 0.01
+    assert lr[55] == pytest.approx(1.0) and all(x > y for x, y in zip(lr[10:], lr[11:]))
+
+
+def test_every_rank_takes_its_part_of_one_seeded_permutation():
+    a = train.parse(["--batch-size", "8", "--micro-batch-tokens", "30", "--seed", "5"])
+    draw = random.Random(0)
+    examples = [train.Example(i, [1] * 3, [1] * draw.randint(1, 40)) for i in range(50)]
+    state = train.Run(a, None, None, examples, "", None, None, {})
+    for epoch in range(2):
+        seen = []
+        for position in range(6):
+            state.step = epoch * 6 + position + 1
+            whole = [[e.index for batch in train.share(state, 1, 0) for e in batch]]
+            for world in 2, 4:
+                parts = [train.share(state, world, rank) for rank in range(world)]
+                assert sorted(e.index for part in parts for batch in part for e in batch) == sorted(whole[0])
+                assert {sum(map(len, part)) for part in parts} == {8 // world}
+                for batch in (batch for part in parts for batch in part):
+                    assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 30
+            seen += whole[0]
+        assert len(set(seen)) == len(seen) == 48                       # an epoch: 6 steps of 8 different examples
+        orders = seen if epoch == 0 else orders
+    assert orders != seen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("chat", (None, CHAT))
+def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture, chat, tmp_path, capsys):
+    model = folder(tmp_path / "model", architecture, chat)
+    lines = rows() if chat is None else [{"messages": [{"role": "user", "content": row["prompt"]},
+                                                       {"role": "assistant", "content": row["response"]}]} for row in rows()]
+    out = tmp_path / "out"
+    run("--model", model, "--data", jsonl(tmp_path / "data.jsonl", lines), "--out", out, "--lr", 1e-2, "--steps", 24)
+    steps = log(out)
+    assert len(steps) == 24 and steps[-1]["nll"] < steps[0]["nll"]
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert (lm.get_input_embeddings().weight != tiny(architecture).get_input_embeddings().weight).any()
+    assert tokenizer.chat_template == chat and tokenizer("1+1:")["input_ids"] == [3 + 1, 13, 3 + 1, 16]
+    said = capsys.readouterr().out
+    assert ("dropout set to 0" in said) == (architecture == "gpt2")
+    assert ("alters its logits" in said) == (architecture == "gemma2")
+    assert "can't: no step up to 24" in said                           # T_warm = 3000
+
+
+def test_ranks_micro_batches_and_checkpointing_do_not_change_the_run(made, two_ranks):
+    one = made["path"] / "one"
+    assert sum("new" in row for row in log(one, "rewrites.jsonl")) > 3
+    for name, flags in (("micro", ("--micro-batch-tokens", 1)), ("micro2", ("--micro-batch-tokens", 40)),
+                        ("nockpt", ("--no-gradient-checkpointing",))):
+        run(*made["flags"], "--out", made["path"] / name, *flags)
+    for name in ("micro", "micro2", "nockpt", "ranks"):
+        close(log(one)[:10], log(made["path"] / name)[:10], 1e-8)
+        close(log(one), log(made["path"] / name), 1e-4)
+        ours, other = log(one, "rewrites.jsonl", ("average",)), log(made["path"] / name, "rewrites.jsonl", ("average",))
+        assert ours == other
+
+
+def torchrun(*flags, ranks=2, script=HERE / "train.py", before=(), code=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *before]
+    return command_line(*command, script, "--batch-size", 4, "--max-length", 64, *flags, code=code)
+
+
+def command_line(*command, code=0, **more):
+    done = subprocess.run([str(part) for part in command], text=True, capture_output=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"}, **more)
+    assert code is None or done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def test_rewriting_end_to_end(made):
+    audit, steps = log(made["path"] / "one", "rewrites.jsonl"), log(made["path"] / "one")
+    assert {row["step"] for row in audit} <= set(range(12, 31, 3)) and all(row["average"] > 0 for row in audit)
+    assert {row.get("kept") for row in audit} >= {None, "not drawn"}
+    texts = {i: row["response"] for i, row in enumerate(rows())}
+    for row in audit:                                                  # each old text is the one in force
+        assert row["old"] == texts[row["index"]]
+        texts[row["index"]] = row.get("new", row["old"])
+    assert steps[-1]["rewritten"] == len({row["index"] for row in audit if "new" in row}) > 0
+    assert any("rewritten" in step["kinds"] for step in steps)         # and they are trained on
+    last = {}                                                          # forgotten: no example is picked again soon
+    for row in audit:
+        if row["index"] in last:
+            assert row["step"] - last[row["index"]] > 6                # two more visits take more than an epoch
+        if "new" in row:
+            last[row["index"]] = row["step"]
+
+
+def test_a_rewrite_that_is_empty_or_cut_off_keeps_the_original(made, monkeypatch, tmp_path):
+    for name, ids in (("empty", [2]), ("cut off", [5, 6, 7])):
+        monkeypatch.setattr(cadft, "nucleus_rewrite", lambda lm, prompts, *_, **__: [ids] * len(prompts))
+        run(*made["flags"], "--out", tmp_path / name)
+        audit = log(tmp_path / name, "rewrites.jsonl")
+        assert {row["kept"] for row in audit} == {name, "not drawn"}
+        assert log(tmp_path / name)[-1]["rewritten"] == 0
+
+
+def test_methods_take_one_path_beta_0_is_dft(made, tmp_path):
+    off = "--rewrite-every", 0
+    for name, flags in (("dft", ("--method", "dft")), ("cadft0", ("--beta", 0, *off)), ("sft", ("--method", "sft")),
+                        ("casft0", ("--method", "casft", "--beta", 0, *off)), ("cadft", off)):
+        run(*made["flags"], "--out", tmp_path / name, *flags)
+    logs = {path.name: log(path) for path in tmp_path.iterdir()}
+    assert logs["dft"] == logs["cadft0"] and logs["sft"] == logs["casft0"]
+    assert logs["cadft"][0]["loss"] < logs["dft"][0]["loss"] < logs["sft"][0]["loss"]
+    assert logs["dft"][0]["w_min"] == 1 > logs["cadft"][0]["w_min"]
+    assert logs["dft"][0]["loss"] == pytest.approx(logs["dft"][0]["dft"])
+    for key_ in ("nll", "dft", "c_mean", "c_std"):                     # the same first batch, the same numbers
+        assert len({log_[0][key_] for log_ in logs.values()}) == 1
+
+
+def test_logged_numbers_are_those_of_the_definition(made):
+    a = train.parse([str(flag) for flag in made["flags"]] + ["--batch-size", "4", "--max-length", "64"])
+    lm, _ = train.load_model(made["model"], torch.float64, torch.device("cpu"))
+    tokenizer = train.load_tokenizer(made["model"])
+    examples, _, _ = train.load_examples(a, tokenizer)
+    first = train.share(train.Run(a, lm, tokenizer, examples, "", None, None, {}, step=1), 1, 0)
+    batch = train.collate([e for part in first for e in part], tokenizer, torch.device("cpu"))
+    logits = lm(input_ids=batch["input_ids"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    nll = [-torch.log_softmax(z, -1)[torch.arange(len(t)), t][t >= 0] for z, t in zip(logits, targets.clamp(min=-1))]
+    c_raw = [n.mean().item() for n in nll]
+    mu, sigma = statistics.fmean(c_raw), statistics.pstdev(c_raw)
+    w = [math.exp(-max(0.0, (c - mu) / (sigma + 1e-6))) for c in c_raw]
+    dft = [(n.neg().exp() * n).mean().item() for n in nll]
+    row = log(made["path"] / "one")[0]
+    expected = dict(loss=statistics.fmean(map(lambda x, y: x * y, w, dft)), nll=torch.cat(nll).mean().item(),
+                    dft=statistics.fmean(dft), c_mean=mu, c_std=sigma, w_mean=statistics.fmean(w), w_min=min(w),
+                    down_weighted=sum(x < 1 for x in w) / 4)
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path):
+    tiny().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    train.classroom_tokenizer().save_pretrained(tmp_path / "half")
+    data = jsonl(tmp_path / "data.jsonl", rows())
+    run("--model", tmp_path / "half", "--data", data, "--dtype", "bfloat16", "--out", tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(made, tmp_path, monkeypatch, capsys):
+    broken = cadft.token_nll
+    def nan_for_one(lm, ids, *rest):
+        nll, mask = broken(lm, ids, *rest)
+        return torch.where((ids == 5).sum(1, keepdim=True) >= 2, math.nan, nll), mask      # "2+2:"
+    monkeypatch.setattr(cadft, "token_nll", nan_for_one)
+    run(*made["flags"], "--batch-size", 24, "--out", tmp_path / "out", code=2)
+    said = capsys.readouterr().err
+    assert "not finite at step 1, examples [2, 12, 20, 21, 22, 23]" in said and said.count("\n") == 1
+
+
+# ==== Data ============================================================================================================
+
+def encode(line, tokenizer=None, **more):
+    a = train.parse(["--model", "m", "--data", "d"] + [str(x) for k, v in more.items() for x in (f"--{k.replace('_', '-')}", v)])
+    tokenizer = tokenizer or train.classroom_tokenizer()
+    turns, response = train.dialogue(line, a, "line 1")
+    return tokenizer.decode(train.encode_prompts(tokenizer, [turns], ["line 1"])[0]).replace(" ", ""), response
+
+
+def test_prompts_are_rendered_once_with_one_beginning_of_sequence():
+    chat, user = train.classroom_tokenizer(), {"role": "user", "content": "1+1:"}
+    chat.chat_template = CHAT
+    turns = [{"role": "system", "content": "x"}, user, {"role": "assistant", "content": "y"}, user,
+             {"role": "assistant", "content": "z"}, {"role": "user", "content": "dropped"}]
+    assert encode({"prompt": "1+1:", "response": "2"}) == ("<bos>1+1:", "2")
+    assert encode({"prompt": "1+1:", "response": "2"}, chat) == ("<bos>u:1+1:#a:", "2")
+    assert encode({"messages": turns}, chat) == ("<bos>s:x#u:1+1:#a:y#u:1+1:#a:", "z")
+    assert encode({"messages": turns[1:3]}) == ("<bos>1+1:", "y")
+    assert encode({"prompt": "<bos>1", "response": "2"}) == ("<bos>1", "2")
+    numina = {"source": "s", "problem": "p", "solution": "q", "messages": turns[1:3]}
+    assert encode(numina, prompt_field="problem", response_field="solution") == ("<bos>p", "q")
+    assert encode({"prompt": "p", "messages": turns[1:3]}) == ("<bos>1+1:", "y")            # no response field
+    assert encode({"prompt": "p", "response": "q", "messages": turns[1:3]}) == ("<bos>p", "q")  # named fields win
+    assert encode({"messages": turns[1:3]}, prompt_template="z{prompt}a{prompt}") == ("<bos>z1+1:a1+1:", "y")
+    with pytest.raises(train.UserError, match="line 1: 4 turns"):
+        encode({"messages": turns})
+
+
+def load(tmp_path, content, *flags):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else "\n".join(map(json.dumps, content)).encode())
+    a = train.parse(["--model", "m", "--data", str(path), *flags])
+    return train.load_examples(a, train.classroom_tokenizer())
+
+
+def test_responses_end_with_eos_and_are_cut_at_max_length(tmp_path):
+    lines = [{"prompt": "1" * n, "response": "2" * 5} for n in (3, 10, 12, 15, 16, 40)]
+    examples, cut, dropped = load(tmp_path, lines, "--max-length", "16")
+    assert [len(e) for e in examples] == [1 + 3 + 5 + 1, 16, 16] and (cut, dropped) == (2, 3)
+    assert [e.response_ids[-1] == 2 for e in examples] == [True, False, False]
+    assert [e.index for e in examples] == [0, 1, 2]
+    whole, _, _ = load(tmp_path, [{"prompt": "1", "response": "2<eos>"}])
+    assert list(whole[0].response_ids) == [5, 2]                       # its own end-of-sequence is not doubled
+
+
+def test_odd_but_legal_files(tmp_path):
+    line = b'{"prompt": "1+1:", "response": "2"}'
+    for content in (line, line + b"\n\n", line + b"\r\n" + line + b"\r\n", b"\xef\xbb\xbf" + line, b"\n" + line):
+        examples, _, _ = load(tmp_path, content)
+        assert {tuple(e.prompt_ids) for e in examples} == {(1, 4, 13, 4, 16)}
+    strange = {"prompt": "\u2028\u0661 \u4e2d \U0001f600", "response": "\u05d0" * 100_000}
+    examples, cut, _ = load(tmp_path, [strange, strange])
+    assert len(examples) == 2 and cut == 2                             # duplicates stay; the long one is cut
+
+
+@pytest.mark.parametrize("lines, flags", (
+    (rows(1), ("--batch-size", 1)), (rows(3) * 4, ()), ([{"prompt": "1", "response": "2"}] * 8, ())))
+def test_odd_but_legal_data_trains(lines, flags, made, tmp_path):
+    run("--model", made["model"], "--data", jsonl(tmp_path / "d.jsonl", lines), "--out", tmp_path / "out", *flags,
+        "--rewrite-after", 2, "--rewrite-every", 2)
+    assert all(math.isfinite(row["loss"]) for row in log(tmp_path / "out"))
+    if len(set(map(str, lines))) == 1:
+        assert all(row["w_min"] == 1 for row in log(tmp_path / "out"))
+
+
+# ==== Nothing lost ====================================================================================================
+
+def equal_runs(one, other):
+    assert log(one) == log(other) and log(one, "rewrites.jsonl") == log(other, "rewrites.jsonl")
+    assert Path(one, "model.safetensors").read_bytes() == Path(other, "model.safetensors").read_bytes()
+    assert not list(Path(other).glob("checkpoint-*"))
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal in the middle of step `step`."""
+    inner = train.train_step
+    def counted(*args):
+        counted.left -= 1
+        if counted.left == 0:
+            os.kill(os.getpid(), number)
+        return inner(*args)
+    counted.left = step
+    monkeypatch.setattr(train, "train_step", counted)
+
+
+def test_a_signal_finishes_the_step_and_resume_continues_to_the_bit(made, tmp_path, monkeypatch, capsys):
+    for step, number, code in ((16, signal.SIGTERM, 143), (5, signal.SIGINT, 130)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            run(*made["flags"], "--out", tmp_path / "out", "--resume", code=code)
+        assert "--resume goes on" in capsys.readouterr().out
+    assert len(log(tmp_path / "out")) == 21 and not (tmp_path / "out" / "config.json").exists()
+    run(*made["flags"], "--out", tmp_path / "out", code=2)             # not without --resume
+    assert "--resume" in capsys.readouterr().err
+    run(*made["flags"], "--out", tmp_path / "out", "--resume", "--micro-batch-tokens", 9999, "--save-every", 7)
+    equal_runs(made["path"] / "one", tmp_path / "out")
+    run(*made["flags"], "--out", tmp_path / "out", "--resume")
+    assert "finished" in capsys.readouterr().out
+
+
+def test_resume_refuses_another_run_and_names_what_differs(made, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    stop_at(monkeypatch, 3)
+    run(*made["flags"], "--out", out, code=143)
+    other = jsonl(tmp_path / "other.jsonl", rows(seed=1))
+    same = jsonl(tmp_path / "same.jsonl", rows())
+    for flags, names in ((("--lr", 0.5), ("--lr", "0.01", "0.5")), (("--method", "dft"), ("--method",)),
+                         (("--data", other), ("content",)), (("--seed", 1, "--beta", 2), ("--seed", "--beta")),
+                         (("--model", folder(tmp_path / "other")), ("--model",))):
+        capsys.readouterr()
+        run(*made["flags"], "--out", out, "--resume", *flags, code=2)
+        said = capsys.readouterr().err
+        assert all(name in said for name in names) and said.count("\n") == 1
+    assert train.checkpoint_of(out).name == "checkpoint-00000003"
+
+
+def test_a_damaged_checkpoint_is_told(made, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    stop_at(monkeypatch, 3)
+    run(*made["flags"], "--out", out, code=143)
+    for name in ("state.pt", "model.safetensors"):
+        path = train.checkpoint_of(out) / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:len(whole) // 2])
+        capsys.readouterr()
+        run(*made["flags"], "--out", out, "--resume", code=2)
+        said = capsys.readouterr().err
+        assert str(path.parent) in said and said.count("\n") == 1 and "Traceback" not in said
+        path.write_bytes(whole)
+    run(*made["flags"], "--out", out, "--resume")
+    equal_runs(made["path"] / "one", out)
+
+
+def test_a_full_disk_is_told_and_the_old_checkpoint_stays(made, tmp_path):
+    """A limit on the size of a file stands in for a full disk: the second checkpoint does not fit."""
+    code = ("import resource, sys, train\nreal = train.save\n"
+            "def save(run):\n"
+            "    if run.step > 8: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+            "    real(run)\n"
+            "train.save = save\nsys.exit(train.main(sys.argv[1:]))")
+    flags = [*made["flags"], "--batch-size", 4, "--max-length", 64, "--save-every", 8, "--out", tmp_path / "out"]
+    done = command_line(sys.executable, "-c", code, *flags, code=2, cwd=HERE)
+    assert "checkpoint-00000016" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert train.checkpoint_of(tmp_path / "out").name == "checkpoint-00000008"
+    run(*flags, "--resume")
+    equal_runs(made["path"] / "one", tmp_path / "out")
+
+
+def kill_and_resume(made, out, ranks, kills, seed=0):
+    """SIGKILL the run's processes at random moments, among them while it saves and while it rewrites."""
+    draw, hit = random.Random(seed), []
+    flags = [*made["flags"], "--batch-size", "4", "--max-length", "64", "--save-every", "1", "--resume", "--out", out]
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                 f"--nproc-per-node={ranks}"]
+    while True:
+        before = len(log(out)) if (out / "log.jsonl").exists() else 0
+        process = subprocess.Popen([*start, str(HERE / "train.py"), *map(str, flags)], start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env=os.environ | {"OMP_NUM_THREADS": "2"})
+        saving, wait = draw.random() < 0.5, draw.uniform(0, 0.3)
+        while process.poll() is None and len(hit) < kills:
+            moved = (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > before
+            if moved and (not saving or list(out.glob("*.tmp"))):
+                time.sleep(wait if not saving else wait / 10)
+                hit.append("saving" if list(out.glob("checkpoint-*.tmp")) else "elsewhere")
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        if process.wait() == 0:
+            return hit
+        assert process.returncode < 0, process.returncode
+
+
+def test_killed_runs_resume_to_the_bit(made, tmp_path):
+    assert len(kill_and_resume(made, tmp_path / "out", ranks=1, kills=2)) == 2
+    equal_runs(made["path"] / "one", tmp_path / "out")
+
+
+@pytest.mark.long
+@LONG
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_runs_killed_many_times_resume_to_the_bit(made, tmp_path, ranks):
+    torchrun(*made["flags"], "--out", tmp_path / "whole", ranks=ranks)
+    hit = kill_and_resume(made, tmp_path / "out", ranks, kills=12, seed=ranks)
+    print(hit)
+    equal_runs(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_lost_rank_is_healed_by_torchrun(made, two_ranks, tmp_path):
+    """The last rank of the first try kills itself in step 14; --max-restarts with --resume ends as if it had not."""
+    script = tmp_path / "lossy.py"
+    script.write_text(
+        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\nreal = train.train_step\n"
+        "def lossy(*args):\n    lossy.step += 1\n"
+        "    if lossy.step == 14 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n    return real(*args)\n"
+        "lossy.step, train.train_step = 0, lossy\nsys.exit(train.main())\n")
+    torchrun(*made["flags"], "--save-every", 5, "--resume", "--out", tmp_path / "out", script=script,
+             before=("--max-restarts=3",))
+    equal_runs(two_ranks, tmp_path / "out")
+
+
+# ==== Bad input =======================================================================================================
+
+GOOD = b'{"prompt": "1+1:", "response": "2"}'
+BAD_DATA = {                                                           # second line of the file: what must be said
+    b'{"prompt": "1"': ("line 2", "JSON"), b"[1]": ("line 2", "object", "list"), b"[" * 100_000: ("line 2", "JSON"),
+    b'{"prompt": "1"}': ("line 2", '"response"', "missing"), b'{"prompt": "", "response": "2"}': ("line 2", "empty"),
+    b'{"prompt": "1", "response": 2}': ("line 2", '"response"', "not a string"),
+    b'{"prompt": "1", "response": null}': ("line 2", "missing"),
+    b'{"prompt": "\xff", "response": "2"}': ("line 2", "UTF-8"),
+    b'{"prompt": "\\ud800", "response": "2"}': ("line 2", "UTF-8"),
+    b'{"messages": []}': ("line 2", "assistant"), b'{"messages": ["hi"]}': ("line 2", "messages"),
+    b'{"messages": [{"role": "assistant", "content": "y"}]}': ("line 2", "user turn"),
+    b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}]}': ("line 2", "message 1"),
+    b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", '
+    b'"content": "y"}]}': ("line 2", "chat template")}
+BAD_FLAGS = [
+    (("--data", "nowhere.jsonl"), ("nowhere.jsonl", "No such file")), (("--model", "nowhere"), ("nowhere",)),
+    (("--model", "EMPTY"), ("empty",)), (("--model", "NOEOS"), ("end-of-sequence",)), (("--model", "SMALL"), ("token",)),
+    (("--model", "HALF"), ("weights are missing", "lm_head")), (("--out", "DATA/below"), ("below", "--out")),
+    (("--batch-size", 1000), ("--batch-size 1000", "24")), (("--max-length", 129), ("--max-length 129", "128")),
+    (("--max-length", 3), ("no usable row", "--max-length")), (("--data", "NONE"), ("no usable row",)),
+    (("--prompt-template", "solve it"), ("{prompt}",)), (("--steps", 3, "--epochs", 1), ("--steps", "--epochs")),
+    (("--classroom-size", 10), ("--classroom-size", "classroom")), (("--kinds", "junk"), ("--kinds", "classroom")),
+    (("--method", "ppo"), ("--method", "ppo", "cadft")), (("--bach-size", 3), ("--bach-size",)),
+    (("--steps", "many"), ("--steps", "many")), (("--prompt-field", "question"), ("line 1", "question"))]
+BAD_FLAGS += [((f"--{flag}", value), (f"--{flag}", interval)) for flag, kind, _, _, interval, _ in train.FLAGS
+              if flag not in ("steps", "epochs") for value in ((-1,) if kind is int else (-1.0, math.nan))]
+
+
+def refused(capsys, out, argv, names):
+    capsys.readouterr()
+    assert train.main([str(flag) for flag in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: ") and said.count("\n") == 1 and len(said) < 500, said
+    assert all(name in said for name in names), (names, said)
+    assert not out.exists() or not any(out.iterdir())
+
+
+@pytest.mark.parametrize("line, names", BAD_DATA.items(), ids=range(len(BAD_DATA)))
+def test_bad_data_is_refused_in_one_line(line, names, made, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    refused(capsys, tmp_path / "out", ["--model", made["model"], "--data", path, "--max-length", 64, "--out",
+                                       tmp_path / "out"], ("bad.jsonl", *names))
+
+
+@pytest.fixture(scope="module")
+def broken(made):
+    """Folders and files that can't be used."""
+    path = made["path"] / "broken"
+    (path / "empty").mkdir(parents=True)
+    (path / "none.jsonl").write_text("\n\n")
+    tokenizer = train.classroom_tokenizer()
+    tiny().save_pretrained(path / "noeos")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path / "noeos")
+    folder(path / "small", vocab_size=10)
+    lm = tiny(tie_word_embeddings=False)
+    state = {name: tensor for name, tensor in lm.state_dict().items() if name != "lm_head.weight"}
+    lm.save_pretrained(path / "half", state_dict=state)
+    train.classroom_tokenizer().save_pretrained(path / "half")
+    return {"EMPTY": path / "empty", "NOEOS": path / "noeos", "SMALL": path / "small", "HALF": path / "half",
+            "NONE": path / "none.jsonl", "DATA/below": Path(made["data"]) / "below"}
+
+
+@pytest.mark.parametrize("flags, names", BAD_FLAGS, ids=str)
+def test_bad_flags_are_refused_in_one_line(flags, names, made, broken, tmp_path, capsys):
+    flags = [broken.get(flag, flag) for flag in flags]
+    defaults = {"--model": made["model"], "--data": made["data"], "--out": tmp_path / "out", "--max-length": 64,
+                "--batch-size": 4}
+    for name, value in defaults.items():
+        flags += [] if name in flags else [name, value]
+    refused(capsys, tmp_path / "out", flags, names)
+
+
+def test_bad_commands_exit_with_2_and_speak_once(made, tmp_path):
+    done = command_line(sys.executable, HERE / "train.py", "--model", made["model"], code=2)
+    assert done.stderr == "train.py: --model and --data go together; with neither, the classroom runs\n"
+    done = torchrun("--model", made["model"], "--data", made["data"], "--batch-size", 5, "--out", tmp_path / "out",
+                    code=None)
+    assert done.returncode != 0 and done.stderr.count("train.py: --batch-size 5: ") == 1
