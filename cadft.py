@@ -180,7 +180,7 @@ def _check_equal_rows(x):
 
 
 def gather(x):
-    """The rows of all ranks, [B, ...] -> [G, ...], equally many of each; the identity without a process group."""
+    """The rows of all ranks, equally many of each, [B, ...] -> [G, ...]; without a process group x."""
     if _world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(_world_size())]
@@ -193,8 +193,8 @@ def gather(x):
 class CompatibilityEMA:
     """m <- decay m + (1 - decay) c_hat for each of N examples, started at the first c_hat.
 
-    Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: 0.9 would leave
-    four fifths of the weight on the first value after two more visits. decay = 0 keeps the last value.
+    Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: 0.9 would
+    leave four fifths of the weight on the first value after two more visits. decay = 0 keeps the last value.
     Section: Delayed Compatibility-Guided Rewriting.
     """
 

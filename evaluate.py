@@ -33,6 +33,8 @@ from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 
+if "RANK" in os.environ:   # torchrun: processes that share cores must not spin while they wait (8 x slower)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # read when torch is imported
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -119,8 +121,9 @@ def parse(argv):
     for flag, text in TEXTS:
         parser.add_argument("--" + flag, help=text)
     for flag, type_, own, classroom, interval, text in FLAGS:
+        usual = "" if own is None else f"{own}; " if own == classroom else f"{own}; classroom {classroom}; "
         parser.add_argument("--" + flag, type=type_, metavar=type_.__name__.upper(),
-                            help=f"{text} ({own}, classroom {classroom}, range {interval})")
+                            help=f"{text} ({usual}range {interval})")
     a = parser.parse_args(argv)
     for flag, _, own, classroom, interval, _ in FLAGS:
         name = flag.replace("-", "_")
@@ -293,7 +296,7 @@ def sample_share(run, lm, tokenizer, problems, prompts, positions, todo, path, a
                 answers = cadft.nucleus_rewrite(lm, some, stops, train.pad_id(tokenizer), limit, a.top_p,
                                                 temperature, seed)
             except torch.OutOfMemoryError:
-                raise UserError(f"{run.path}: out of memory; --batch-size {a.batch_size} is too much") from None
+                raise UserError(f"{run.path}: out of memory; lower --batch-size {a.batch_size}") from None
             for (i, sample), ids in zip(pairs, answers):
                 row = {"problem": i, "sample": "greedy" if greedy else sample}
                 row |= graded(problems[i], ids, stops, tokenizer, classroom=not a.data)
@@ -386,8 +389,8 @@ def count(rows):
     """Rows of answers -> (numbers, {share: [accuracy of each problem]}). Shares lie in [0, 1] or are None.
 
     numbers: problems; samples, the fewest of a problem; greedy; average_at_k; pass_at_k {k: share} for k =
-    1, 2, 4 ...; cut_off and mean_tokens of the samples (without samples, of the greedy answers); standard_error
-    of greedy and average_at_k, over problems. Raises UserError without a row.
+    1, 2, 4 ...; cut_off and mean_tokens of the samples (without samples, of the greedy answers);
+    standard_error of greedy and average_at_k, over problems. Raises UserError without a row.
     """
     right, cut, tokens = ({True: {}, False: {}}, {True: [], False: []}, {True: [], False: []})
     for row in rows:
@@ -398,11 +401,11 @@ def count(rows):
     if not right[True] and not right[False]:
         raise UserError("there is no answer to grade")
     cut, tokens = cut[False] or cut[True], tokens[False] or tokens[True]
+    sampled, samples = right[False].values(), min(map(len, right[False].values()), default=0)
     each = {share: [mean(some) for _, some in sorted(right[share == "greedy"].items())] for share in SHARES}
-    samples = min(map(len, right[False].values()), default=0)
     return {"problems": len(right[True] | right[False]), "samples": samples,
             **{share: mean(values) for share, values in each.items()},
-            "pass_at_k": {str(k): mean([pass_at_k(len(some), sum(some), k) for some in right[False].values()])
+            "pass_at_k": {str(k): mean([pass_at_k(len(some), sum(some), k) for some in sampled])
                           for k in POWERS if k <= samples},
             "cut_off": mean(cut), "mean_tokens": None if None in tokens else mean(tokens),
             "standard_error": {share: standard_error(values) for share, values in each.items()}}, each
@@ -479,7 +482,7 @@ def table(rows, against):
                           percent(means["pass_at_k"].get(top)), percent(means["cut_off"]), length,
                           str(len(row["seeds"])), *(percent(*paired.get(share, {}).values(), sign="+")
                                                     for share in SHARES)])
-        lines += [f"{data}: {some[0]['problems']} problems", *aligned(cells), ""]
+        lines += [f"{data}: {some[0]['problems']} problems", *aligned(cells)]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
@@ -542,12 +545,14 @@ def held_back(run, tokenizer, a, device):
 
 def study(lm, examples, beta):
     """All numbers of the study for one model, as a nested dict."""
+    if len(examples) <= 32:
+        raise UserError(f"--gradients needs more than 32 demonstrations, a batch; there are {len(examples)}")
     c_raw, gram = sample_gradients(lm, [batch for batch, _ in examples])
     c_hat = cadft.batch_zscore(c_raw)                                          # [N] over all these samples
     norms = {loss: g.diagonal().sqrt() for loss, g in gram.items()}            # {loss: [N]}
     kinds = {}
     for i, (_, kind) in enumerate(examples):
-        kinds.setdefault(str(kind), []).append(i)
+        kinds.setdefault(kind or "all", []).append(i)
     means = lambda at: {"n": len(at)} | {
         name: x[at].mean().item() for name, x in ({"c_raw": c_raw, "c_hat": c_hat} | norms).items()}
     return {"samples": len(examples),
@@ -778,7 +783,8 @@ def last_box(text):
     start, depth = max((box.end() for box in BOX.finditer(text)), default=None), 1
     if start is None:
         return None
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(text, start):          # \{ and \} do not count
+    # \{ and \} do not count; an answer beyond MAX_CHARS is never right, so need not be read
+    for mark in re.compile(r"\\.|[{}]", re.S).finditer(text, start, start + MAX_CHARS):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
             return text[start:mark.start()].strip()

@@ -477,7 +477,7 @@ def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture
     said = capsys.readouterr().out
     assert ("dropout set to 0" in said) == (architecture == "gpt2")
     assert ("alters its logits" in said) == (architecture == "gemma2")
-    assert "can't: no step up to 24" in said                           # T_warm = 3000
+    assert "can't, no step up to 24" in said                           # T_warm = 3000
 
 
 def test_ranks_micro_batches_and_checkpointing_do_not_change_the_run(made, two_ranks):
