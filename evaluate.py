@@ -33,14 +33,12 @@ from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 
-if "RANK" in os.environ:   # torchrun: processes that share cores must not spin while they wait (8 x slower)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # read when torch is imported
+import train                # before torch, since it sets how torch's threads wait for each other
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import cadft
-import train
 from train import UserError, key, read_jsonl, say, together, world_and_rank
 
 ORDER = ["base", "sft", "casft", "dft", "cadft"]               # of the table's rows; other methods follow

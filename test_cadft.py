@@ -1,13 +1,16 @@
-"""The laws that the code obeys: the method (in cadft.py's order), the loop, nothing lost, bad input, evaluation.
+"""The laws the code obeys: the method (in cadft.py's order), the loop, nothing lost, bad input, evaluation.
 
     python -m pytest -q              all but the long ones
     python -m pytest -q -m long      kills a run at random moments, many times
 """
+import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,9 +27,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cadft
+import evaluate
 import train
 
-warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)       # no ini file to register "long" in
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # no ini file to register "long" in
 LONG = pytest.mark.skipif("long" not in sys.argv, reason="run by: pytest -m long")
 HERE = Path(__file__).parent
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
@@ -43,8 +47,8 @@ def tiny(architecture="llama", seed=0, **more):
     """A random model of 2 layers with the classroom's vocabulary."""
     size = dict(vocab_size=len(train.classroom_tokenizer()), bos_token_id=1, eos_token_id=2, pad_token_id=0)
     size |= (dict(n_embd=32, n_layer=2, n_head=2, n_positions=128) if architecture == "gpt2" else
-             dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-                  num_key_value_heads=1, max_position_embeddings=128))
+             dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                  head_dim=16, num_key_value_heads=1, max_position_embeddings=128))
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(architecture, **size | more))
 
@@ -62,8 +66,9 @@ def rows(n=24, seed=0):
     """Demonstrations of which every third is noise that a model can't learn."""
     draw = random.Random(seed)
     noise = lambda: "".join(draw.choices("klmnopqrstuvwxyz", k=draw.randint(4, 9)))
-    return [{"prompt": f"{i}+{i}:", "response": noise() if i % 3 == 0 else "ab", "kind": "noise" if i % 3 == 0 else "ab"}
-            for i in range(n)]
+    kinds = ["ab" if i % 3 else "noise" for i in range(n)]
+    return [{"prompt": f"{i}+{i}:", "response": noise() if kind == "noise" else "ab", "kind": kind}
+            for i, kind in enumerate(kinds)]
 
 
 def jsonl(path, lines):
@@ -83,7 +88,7 @@ def some_batch(lengths=((3, 4), (2, 6), (5, 1)), pad=0, width=None, left=False, 
     return [torch.tensor(part) for part in zip(*batch)]
 
 
-# ==== token_nll =======================================================================================================
+# ==== token_nll ============================================================================================
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nll_of_one_sample_averages_to_the_models_own_loss(architecture):
@@ -92,7 +97,7 @@ def test_nll_of_one_sample_averages_to_the_models_own_loss(architecture):
         ids, seen, labels = some_batch(lengths)
         nll, mask = cadft.token_nll(lm, ids, seen, labels)
         own = lm(input_ids=ids, attention_mask=seen, labels=labels).loss
-        torch.testing.assert_close(cadft.sft_loss(nll, mask)[0].to(own.dtype), own)    # theirs is float32
+        torch.testing.assert_close(cadft.sft_loss(nll, mask)[0].to(own.dtype), own)  # theirs is float32
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -101,8 +106,8 @@ def test_nll_and_dft_equal_softmax_and_gather_gradients_too(architecture):
     ids, seen, labels = some_batch()
     logits = lm(input_ids=ids, attention_mask=seen).logits[:, :-1]
     targets, expected_mask = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
-    p = torch.softmax(logits, -1).gather(-1, targets[..., None])[..., 0]                # [B, T-1]
-    plain = -(p.detach() * p.log() * expected_mask).sum(1) / expected_mask.sum(1)       # [B] DFT, naively
+    p = torch.softmax(logits, -1).gather(-1, targets[..., None])[..., 0]  # [B, T-1]
+    plain = -(p.detach() * p.log() * expected_mask).sum(1) / expected_mask.sum(1)  # [B] DFT, naively
     expected = torch.autograd.grad(plain.sum(), list(lm.parameters()))
     for chunk in 1, 3, 512:
         nll, mask = cadft.token_nll(lm, ids, seen, labels, chunk)
@@ -120,13 +125,13 @@ def test_nll_does_not_depend_on_padding_row_order_or_the_pad_token(architecture)
     ids, seen, labels = some_batch()
     nll, mask = cadft.token_nll(lm, ids, seen, labels)
     response = lambda nll, mask: [row[keep] for row, keep in zip(nll, mask)]
-    wide = dict(width=30, pad=2)                                       # pad = eos, as many tokenizers have it
+    wide = dict(width=30, pad=2)                               # pad = eos, as many tokenizers have it
     for other in (some_batch(**wide), some_batch(**wide, left=True), (ids, None, labels)):
-        if other[1] is not None and not other[1][:, 0].all():          # left padding: give positions as generate does
+        if other[1] is not None and not other[1][:, 0].all():  # left padding: give positions as generate does
             positions = other[1].cumsum(1).sub(1).clamp(min=0)
             expected = lm(input_ids=other[0], attention_mask=other[1], position_ids=positions).logits
             if not torch.allclose(expected, lm(input_ids=other[0], attention_mask=other[1]).logits):
-                continue                                               # absolute positions: left padding shifts them
+                continue                                       # absolute positions: left padding shifts them
         for ours, alone in zip(response(*cadft.token_nll(lm, *other)), response(nll, mask)):
             torch.testing.assert_close(ours, alone)
     flipped, _ = cadft.token_nll(lm, ids.flip(0), seen.flip(0), labels.flip(0))
@@ -148,9 +153,10 @@ def test_logits_altered_after_the_projection_are_taken_from_the_model():
     own = torch.log_softmax(capped(input_ids=ids, attention_mask=seen).logits[:, :-1], -1)
     nll, mask = cadft.token_nll(capped, ids, seen, labels)
     torch.testing.assert_close(nll[mask], -own.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0][mask])
-    raw = capped.get_output_embeddings()(capped.base_model(input_ids=ids, attention_mask=seen).last_hidden_state)
-    assert (raw.abs() > 3).any()                                       # the cap bites: without it NLL would differ
-    assert not cadft.plain_head(tiny("gemma2"))                        # small logits hide the cap; the config tells
+    hidden = capped.base_model(input_ids=ids, attention_mask=seen).last_hidden_state
+    raw = capped.get_output_embeddings()(hidden)
+    assert (raw.abs() > 3).any()                               # the cap bites: without it NLL would differ
+    assert not cadft.plain_head(tiny("gemma2"))                # small logits hide the cap; the config tells
     assert not cadft.plain_head(tiny("cohere", logit_scale=0.0625))
     assert not cadft.plain_head(tiny("granite", logits_scaling=8.0))
     assert cadft.plain_head(tiny("gemma2", final_logit_softcapping=None))
@@ -167,7 +173,7 @@ def test_altered_logits_are_found_even_where_no_config_tells():
     assert not cadft.plain_head(Sharpened(tiny().config))
 
 
-# ==== compatibility, z-score, weight ==================================================================================
+# ==== compatibility, z-score, weight =======================================================================
 
 NLL = torch.tensor([[math.log(2), math.log(4), 9.0], [math.log(10), 9.0, 9.0]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -202,7 +208,7 @@ def test_a_batch_of_one_and_equal_scores_have_c_hat_0_and_w_1_exactly():
         assert (c_hat == 0).all() and (cadft.compatibility_weight(c_hat) == 1).all()
         literal = (c_raw - c_raw.mean()) / (c_raw.std(correction=0) + 1e-6)
         literal_fails += bool((cadft.compatibility_weight(literal) != 1).any())
-    assert literal_fails > 20                                          # what the shift is for
+    assert literal_fails > 20                                  # what the shift is for
     assert cadft.batch_zscore(torch.tensor([3.7])).tolist() == [0.0]
 
 
@@ -217,13 +223,13 @@ def test_weight_by_hand_and_at_its_limits():
             cadft.compatibility_weight(c_hat, beta)
 
 
-# ==== The objectives ==================================================================================================
+# ==== The objectives =======================================================================================
 
 def test_sft_and_dft_by_hand():
     torch.testing.assert_close(cadft.sft_loss(NLL, MASK), torch.tensor([1.5 * math.log(2), math.log(10)]))
     torch.testing.assert_close(cadft.dft_loss(NLL, MASK), torch.tensor(
         [(0.5 * math.log(2) + 0.25 * math.log(4)) / 2, 0.1 * math.log(10)]))
-    spoiled = NLL.masked_fill(~MASK, math.nan)                         # whatever stands outside the response
+    spoiled = NLL.masked_fill(~MASK, math.nan)                 # whatever stands outside the response
     assert torch.equal(cadft.dft_loss(spoiled, MASK), cadft.dft_loss(NLL, MASK))
 
 
@@ -236,42 +242,49 @@ def test_dft_raises_the_probability_of_every_token_also_below_1_over_e(p):
 
 
 def test_cadft_loss_divides_by_the_batch_and_beta_0_is_dft():
-    loss, w = torch.tensor([1.0, 2.0, 6.0], requires_grad=True), torch.tensor([1.0, 0.5, 0.25], requires_grad=True)
+    loss, w = (torch.tensor(x, requires_grad=True) for x in ([1.0, 2.0, 6.0], [1.0, 0.5, 0.25]))
     total = cadft.cadft_loss(loss, w)
     total.backward()
     assert total.item() == pytest.approx(3.5 / 3) and w.grad is None
     torch.testing.assert_close(loss.grad, torch.tensor([1.0, 0.5, 0.25]) / 3)
-    nll, mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)), torch.ones(5, 7, dtype=torch.bool)
+    nll = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(5, 7, dtype=torch.bool)
     w = cadft.compatibility_weight(cadft.batch_zscore(cadft.compatibility(nll, mask)), beta=0.0)
     assert torch.equal(cadft.cadft_loss(cadft.dft_loss(nll, mask), w), cadft.dft_loss(nll, mask).sum() / 5)
 
 
+def response_nll(lm):
+    return train.ResponseNLL(lm, "float64", torch.device("cpu"))
+
+
 def test_one_backward_over_micro_batches_equals_the_naive_two_passes():
     lm, a = tiny().double(), train.parse(["--beta", "2", "--clip", "inf", "--dtype", "float64"])
-    parts = [some_batch(((3, 4), (2, 6)), seed=1), some_batch(((4, 9),), seed=2), some_batch(((1, 1), (2, 2)), seed=3)]
-    with torch.no_grad():                                              # pass 1: scores
+    sizes = ((3, 4), (2, 6)), ((4, 9),), ((1, 1), (2, 2))
+    parts = [some_batch(lengths, seed=seed) for seed, lengths in enumerate(sizes, 1)]
+    with torch.no_grad():                                      # pass 1: scores
         c_raw = torch.cat([cadft.compatibility(*cadft.token_nll(lm, *part)) for part in parts])
     z = (c_raw - c_raw.mean()) / (c_raw.std(correction=0) + 1e-6)
     w = torch.exp(-2 * z.clamp(min=0)).split([2, 1, 2])
-    for part, weight in zip(parts, w):                                 # pass 2: one backward a micro-batch
+    for part, weight in zip(parts, w):                         # pass 2: one backward a micro-batch
         (weight * cadft.dft_loss(*cadft.token_nll(lm, *part))).sum().div(5).backward()
     naive = [p.grad.clone() for p in lm.parameters()]
     lm.zero_grad()
 
-    class Keep(torch.optim.SGD):                                       # an optimizer that leaves the gradients there
+    class Keep(torch.optim.SGD):                               # an optimizer that leaves the gradients there
         def step(self): pass
         def zero_grad(self): pass
     batches = [dict(input_ids=ids, labels=labels, index=torch.arange(len(ids)), tokens=seen.sum(1))
                for ids, seen, labels in parts]
-    table = train.train_step(train.ResponseNLL(lm, "float64", torch.device("cpu")), Keep(lm.parameters()), batches, a)
+    table = train.train_step(response_nll(lm), Keep(lm.parameters()), batches, a)
     torch.testing.assert_close(table[:, train.COLUMNS.index("w")], torch.cat(w))
     for ours, expected in zip((p.grad for p in lm.parameters()), naive):
         torch.testing.assert_close(ours, expected)
 
 
 def in_two_processes(rank, port, results):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    lm = torch.nn.parallel.DistributedDataParallel(train.ResponseNLL(tiny().double(), "float64", torch.device("cpu")))
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                         world_size=2)
+    lm = torch.nn.parallel.DistributedDataParallel(response_nll(tiny().double()))
     ids, _, labels = some_batch(((3, 4), (2, 6), (5, 1), (2, 3)))
     nll, mask = lm(ids[rank::2], labels[rank::2])
     c_hat = cadft.batch_zscore(cadft.compatibility(nll, mask))
@@ -282,7 +295,8 @@ def in_two_processes(rank, port, results):
             call(torch.ones(1 + rank))
         except ValueError as error:
             uneven.append(str(error))
-    torch.save({"c_hat": c_hat, "grad": [p.grad for p in lm.parameters()], "uneven": uneven}, f"{results}{rank}")
+    grad = [p.grad for p in lm.parameters()]
+    torch.save({"c_hat": c_hat, "grad": grad, "uneven": uneven}, f"{results}{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -301,7 +315,7 @@ def test_two_processes_give_the_gradient_of_the_global_batch(tmp_path):
             torch.testing.assert_close(ours, expected.grad)
 
 
-# ==== Rewriting =======================================================================================================
+# ==== Rewriting ============================================================================================
 
 def test_moving_average_by_hand():
     ema = cadft.CompatibilityEMA(4, decay=0.9)
@@ -325,11 +339,11 @@ def test_moving_average_by_hand():
 def test_pick_takes_the_persistent_ones_highest_first():
     ema = cadft.CompatibilityEMA(100, decay=0.5)
     ema.update(torch.arange(100), torch.linspace(-1, 1, 100))
-    assert ema.pick(1.0) == []                                         # seen once: nothing is persistent yet
-    ema.update(torch.arange(90), torch.linspace(-1, 1, 100)[:90])      # the ten highest are not seen again
-    assert ema.pick(1.0) == list(range(89, 49, -1))                    # average above 0 only
+    assert ema.pick(1.0) == []                                 # seen once: nothing is persistent yet
+    ema.update(torch.arange(90), torch.linspace(-1, 1, 100)[:90])  # the ten highest are not seen again
+    assert ema.pick(1.0) == list(range(89, 49, -1))            # average above 0 only
     assert ema.pick(0.29) == list(range(89, 60, -1)) and len(ema.pick(0.29)) == 29
-    assert ema.pick(0.005) == [89]                                     # half an example: at least one
+    assert ema.pick(0.005) == [89]                             # half an example: at least one
     ema.forget(89)
     assert ema.pick(0.02) == [88, 87]
 
@@ -348,13 +362,13 @@ def test_sampling_obeys_top_p_and_temperature_and_nothing_else(spiky):
     z = spiky.eval()(input_ids=torch.tensor([prompt])).logits[0, -1].double().detach()
     for top_p, temperature in ((0.9, 0.7), (1.0, 1.0)):
         p, order = torch.softmax(z / temperature, -1).sort(descending=True)
-        inside = (p.cumsum(-1) - p) < top_p                            # the smallest set that reaches top_p
+        inside = (p.cumsum(-1) - p) < top_p                    # the smallest set that reaches top_p
         expected = torch.zeros_like(p).index_put((order[inside],), p[inside] / p[inside].sum())
         drawn = cadft.nucleus_rewrite(spiky, [prompt] * n, [2], 0, 1, top_p, temperature, seed=1)
         share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(z)) / n
         assert (share[expected == 0] == 0).all()
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
-    assert inside.sum() > 20                                           # top-k 20 would have cut this one
+    assert inside.sum() > 20                                   # top-k 20 would have cut this one
 
 
 def test_sampling_leaves_everything_as_it_was_and_is_seeded(spiky):
@@ -364,15 +378,17 @@ def test_sampling_leaves_everything_as_it_was_and_is_seeded(spiky):
     first = cadft.nucleus_rewrite(spiky, prompts, [2], 0, 40, seed=3)
     assert first == cadft.nucleus_rewrite(spiky, prompts, [2], 0, 40, seed=3)
     assert first != cadft.nucleus_rewrite(spiky, prompts, [2], 0, 40, seed=4)
-    assert torch.equal(state, torch.get_rng_state()) and spiky.training and spiky.generation_config is settings
+    assert torch.equal(state, torch.get_rng_state())
+    assert spiky.training and spiky.generation_config is settings
     with pytest.raises(Exception):
-        cadft.nucleus_rewrite(spiky, prompts, [2], 0, 0)               # no room for a single token
-    assert torch.equal(state, torch.get_rng_state()) and spiky.training and spiky.generation_config is settings
+        cadft.nucleus_rewrite(spiky, prompts, [2], 0, 0)       # no room for a single token
+    assert torch.equal(state, torch.get_rng_state())
+    assert spiky.training and spiky.generation_config is settings
 
 
 def test_greedy_sampling_is_the_models_argmax_whatever_the_padding(spiky):
     prompts, eos = [[1, 5, 9], [1, 8], [1, 4, 4, 4, 6, 9, 11]], 2
-    together = cadft.nucleus_rewrite(spiky, prompts, [eos], eos, 30, temperature=0)    # pad = eos
+    together = cadft.nucleus_rewrite(spiky, prompts, [eos], eos, 30, temperature=0)  # pad = eos
     for prompt, got in zip(prompts, together):
         ids = list(prompt)
         while len(ids) - len(prompt) < 30 and (len(ids) == len(prompt) or ids[-1] != eos):
@@ -388,7 +404,7 @@ def test_what_ended_ends_with_eos_and_the_rest_was_cut_off():
     assert 0 < len(ended) < 200 and all(len(ids) == 12 for ids in out if ids[-1] not in stops)
 
 
-# ==== The loop ========================================================================================================
+# ==== The loop =============================================================================================
 
 def run(*flags, code=0):
     """train.main in this process, with the smallest sensible settings."""
@@ -411,8 +427,9 @@ def close(one, other, rtol):
             assert math.isclose(a[name], b[name], rel_tol=rtol), (a["step"], name, a[name], b[name])
 
 
-REWRITING = ("--rewrite-after", 12, "--rewrite-every", 3, "--rewrite-fraction", 0.2, "--rewrite-max-tokens", 40,
-             "--rewrite-prob", 0.8, "--lr", 1e-2, "--steps", 30)
+SIZES = ("--batch-size", 4, "--max-length", 64)
+REWRITING = ("--rewrite-after", 12, "--rewrite-every", 3, "--rewrite-fraction", 0.2,
+             "--rewrite-max-tokens", 40, "--rewrite-prob", 0.8, "--lr", 1e-2, "--steps", 30)
 
 
 @pytest.fixture(scope="module")
@@ -421,8 +438,13 @@ def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made")
     made = {"path": path, "model": folder(path / "model"), "data": jsonl(path / "data.jsonl", rows())}
     made["flags"] = ["--model", made["model"], "--data", made["data"], "--dtype", "float64", *REWRITING]
-    run(*made["flags"], "--out", path / "one")
+    again(made, path / "one")
     return made
+
+
+def again(made, out, *flags, code=0):
+    """The fixture's run once more, into another folder."""
+    run(*made["flags"], "--out", out, *flags, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +478,7 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
                 for batch in (batch for part in parts for batch in part):
                     assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 30
             seen += whole[0]
-        assert len(set(seen)) == len(seen) == 48                       # an epoch: 6 steps of 8 different examples
+        assert len(set(seen)) == len(seen) == 48               # an epoch: 6 steps of 8 different examples
         orders = seen if epoch == 0 else orders
     assert orders != seen
 
@@ -465,10 +487,11 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
 @pytest.mark.parametrize("chat", (None, CHAT))
 def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture, chat, tmp_path, capsys):
     model = folder(tmp_path / "model", architecture, chat)
-    lines = rows() if chat is None else [{"messages": [{"role": "user", "content": row["prompt"]},
-                                                       {"role": "assistant", "content": row["response"]}]} for row in rows()]
-    out = tmp_path / "out"
-    run("--model", model, "--data", jsonl(tmp_path / "data.jsonl", lines), "--out", out, "--lr", 1e-2, "--steps", 24)
+    turn = lambda role, content: {"role": role, "content": content}
+    lines = rows() if chat is None else [{"messages": [
+        turn("user", row["prompt"]), turn("assistant", row["response"])]} for row in rows()]
+    out, data = tmp_path / "out", jsonl(tmp_path / "data.jsonl", lines)
+    run("--model", model, "--data", data, "--out", out, "--lr", 1e-2, "--steps", 24)
     steps = log(out)
     assert len(steps) == 24 and steps[-1]["nll"] < steps[0]["nll"]
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -477,7 +500,7 @@ def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture
     said = capsys.readouterr().out
     assert ("dropout set to 0" in said) == (architecture == "gpt2")
     assert ("alters its logits" in said) == (architecture == "gemma2")
-    assert "can't, no step up to 24" in said                           # T_warm = 3000
+    assert "can't, no step up to 24" in said                   # T_warm = 3000
 
 
 def test_ranks_micro_batches_and_checkpointing_do_not_change_the_run(made, two_ranks):
@@ -485,17 +508,20 @@ def test_ranks_micro_batches_and_checkpointing_do_not_change_the_run(made, two_r
     assert sum("new" in row for row in log(one, "rewrites.jsonl")) > 3
     for name, flags in (("micro", ("--micro-batch-tokens", 1)), ("micro2", ("--micro-batch-tokens", 40)),
                         ("nockpt", ("--no-gradient-checkpointing",))):
-        run(*made["flags"], "--out", made["path"] / name, *flags)
+        again(made, made["path"] / name, *flags)
     for name in ("micro", "micro2", "nockpt", "ranks"):
         close(log(one)[:10], log(made["path"] / name)[:10], 1e-8)
         close(log(one), log(made["path"] / name), 1e-4)
-        ours, other = log(one, "rewrites.jsonl", ("average",)), log(made["path"] / name, "rewrites.jsonl", ("average",))
+        ours, other = (log(path, "rewrites.jsonl", ("average",)) for path in (one, made["path"] / name))
         assert ours == other
 
 
 def torchrun(*flags, ranks=2, script=HERE / "train.py", before=(), code=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *before]
-    return command_line(*command, script, "--batch-size", 4, "--max-length", 64, *flags, code=code)
+    return command_line(*launcher(ranks), *before, script, *SIZES, *flags, code=code)
+
+
+def launcher(ranks):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
 def command_line(*command, code=0, **more):
@@ -507,18 +533,19 @@ def command_line(*command, code=0, **more):
 
 def test_rewriting_end_to_end(made):
     audit, steps = log(made["path"] / "one", "rewrites.jsonl"), log(made["path"] / "one")
-    assert {row["step"] for row in audit} <= set(range(12, 31, 3)) and all(row["average"] > 0 for row in audit)
+    assert {row["step"] for row in audit} <= set(range(12, 31, 3))
+    assert all(row["average"] > 0 for row in audit)
     assert {row.get("kept") for row in audit} >= {None, "not drawn"}
     texts = {i: row["response"] for i, row in enumerate(rows())}
-    for row in audit:                                                  # each old text is the one in force
+    for row in audit:                                          # each old text is the one in force
         assert row["old"] == texts[row["index"]]
         texts[row["index"]] = row.get("new", row["old"])
     assert steps[-1]["rewritten"] == len({row["index"] for row in audit if "new" in row}) > 0
-    assert any("rewritten" in step["kinds"] for step in steps)         # and they are trained on
-    last = {}                                                          # forgotten: no example is picked again soon
+    assert any("rewritten" in step["kinds"] for step in steps)  # and they are trained on
+    last = {}                                                  # forgotten: no example is picked again soon
     for row in audit:
         if row["index"] in last:
-            assert row["step"] - last[row["index"]] > 6                # two more visits take more than an epoch
+            assert row["step"] - last[row["index"]] > 6        # two more visits take more than an epoch
         if "new" in row:
             last[row["index"]] = row["step"]
 
@@ -526,7 +553,7 @@ def test_rewriting_end_to_end(made):
 def test_a_rewrite_that_is_empty_or_cut_off_keeps_the_original(made, monkeypatch, tmp_path):
     for name, ids in (("empty", [2]), ("cut off", [5, 6, 7])):
         monkeypatch.setattr(cadft, "nucleus_rewrite", lambda lm, prompts, *_, **__: [ids] * len(prompts))
-        run(*made["flags"], "--out", tmp_path / name)
+        again(made, tmp_path / name)
         audit = log(tmp_path / name, "rewrites.jsonl")
         assert {row["kept"] for row in audit} == {name, "not drawn"}
         assert log(tmp_path / name)[-1]["rewritten"] == 0
@@ -534,20 +561,20 @@ def test_a_rewrite_that_is_empty_or_cut_off_keeps_the_original(made, monkeypatch
 
 def test_methods_take_one_path_beta_0_is_dft(made, tmp_path):
     off = "--rewrite-every", 0
-    for name, flags in (("dft", ("--method", "dft")), ("cadft0", ("--beta", 0, *off)), ("sft", ("--method", "sft")),
-                        ("casft0", ("--method", "casft", "--beta", 0, *off)), ("cadft", off)):
-        run(*made["flags"], "--out", tmp_path / name, *flags)
+    for name, flags in (("dft", ("--method", "dft")), ("cadft0", ("--beta", 0, *off)), ("cadft", off),
+                        ("sft", ("--method", "sft")), ("casft0", ("--method", "casft", "--beta", 0, *off))):
+        again(made, tmp_path / name, *flags)
     logs = {path.name: log(path) for path in tmp_path.iterdir()}
     assert logs["dft"] == logs["cadft0"] and logs["sft"] == logs["casft0"]
     assert logs["cadft"][0]["loss"] < logs["dft"][0]["loss"] < logs["sft"][0]["loss"]
     assert logs["dft"][0]["w_min"] == 1 > logs["cadft"][0]["w_min"]
     assert logs["dft"][0]["loss"] == pytest.approx(logs["dft"][0]["dft"])
-    for key_ in ("nll", "dft", "c_mean", "c_std"):                     # the same first batch, the same numbers
+    for key_ in ("nll", "dft", "c_mean", "c_std"):             # the same first batch, the same numbers
         assert len({log_[0][key_] for log_ in logs.values()}) == 1
 
 
 def test_logged_numbers_are_those_of_the_definition(made):
-    a = train.parse([str(flag) for flag in made["flags"]] + ["--batch-size", "4", "--max-length", "64"])
+    a = train.parse([str(flag) for flag in (*made["flags"], *SIZES)])
     lm, _ = train.load_model(made["model"], torch.float64, torch.device("cpu"))
     tokenizer = train.load_tokenizer(made["model"])
     examples, _, _ = train.load_examples(a, tokenizer)
@@ -555,15 +582,16 @@ def test_logged_numbers_are_those_of_the_definition(made):
     batch = train.collate([e for part in first for e in part], tokenizer, torch.device("cpu"))
     logits = lm(input_ids=batch["input_ids"]).logits[:, :-1]
     targets = batch["labels"][:, 1:]
-    nll = [-torch.log_softmax(z, -1)[torch.arange(len(t)), t][t >= 0] for z, t in zip(logits, targets.clamp(min=-1))]
+    nll = [-torch.log_softmax(z, -1)[torch.arange(len(t)), t][t >= 0]
+           for z, t in zip(logits, targets.clamp(min=-1))]
     c_raw = [n.mean().item() for n in nll]
     mu, sigma = statistics.fmean(c_raw), statistics.pstdev(c_raw)
     w = [math.exp(-max(0.0, (c - mu) / (sigma + 1e-6))) for c in c_raw]
     dft = [(n.neg().exp() * n).mean().item() for n in nll]
     row = log(made["path"] / "one")[0]
     expected = dict(loss=statistics.fmean(map(lambda x, y: x * y, w, dft)), nll=torch.cat(nll).mean().item(),
-                    dft=statistics.fmean(dft), c_mean=mu, c_std=sigma, w_mean=statistics.fmean(w), w_min=min(w),
-                    down_weighted=sum(x < 1 for x in w) / 4)
+                    dft=statistics.fmean(dft), c_mean=mu, c_std=sigma, w_mean=statistics.fmean(w),
+                    w_min=min(w), down_weighted=sum(x < 1 for x in w) / 4)
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-9), name
 
@@ -580,20 +608,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(made, tm
     broken = cadft.token_nll
     def nan_for_one(lm, ids, *rest):
         nll, mask = broken(lm, ids, *rest)
-        return torch.where((ids == 5).sum(1, keepdim=True) >= 2, math.nan, nll), mask      # "2+2:"
+        return torch.where((ids == 5).sum(1, keepdim=True) >= 2, math.nan, nll), mask  # "2+2:"
     monkeypatch.setattr(cadft, "token_nll", nan_for_one)
     run(*made["flags"], "--batch-size", 24, "--out", tmp_path / "out", code=2)
     said = capsys.readouterr().err
     assert "not finite at step 1, examples [2, 12, 20, 21, 22, 23]" in said and said.count("\n") == 1
 
 
-# ==== Data ============================================================================================================
+# ==== Data =================================================================================================
 
 def encode(line, tokenizer=None, **more):
-    a = train.parse(["--model", "m", "--data", "d"] + [str(x) for k, v in more.items() for x in (f"--{k.replace('_', '-')}", v)])
+    flags = [flag for name, value in more.items() for flag in ("--" + name.replace("_", "-"), value)]
+    a = train.parse(["--model", "m", "--data", "d", *flags])
     tokenizer = tokenizer or train.classroom_tokenizer()
     turns, response = train.dialogue(line, a, "line 1")
-    return tokenizer.decode(train.encode_prompts(tokenizer, [turns], ["line 1"])[0]).replace(" ", ""), response
+    ids, = train.encode_prompts(tokenizer, [turns], ["line 1"])
+    return tokenizer.decode(ids).replace(" ", ""), response
 
 
 def test_prompts_are_rendered_once_with_one_beginning_of_sequence():
@@ -608,8 +638,9 @@ def test_prompts_are_rendered_once_with_one_beginning_of_sequence():
     assert encode({"prompt": "<bos>1", "response": "2"}) == ("<bos>1", "2")
     numina = {"source": "s", "problem": "p", "solution": "q", "messages": turns[1:3]}
     assert encode(numina, prompt_field="problem", response_field="solution") == ("<bos>p", "q")
-    assert encode({"prompt": "p", "messages": turns[1:3]}) == ("<bos>1+1:", "y")            # no response field
-    assert encode({"prompt": "p", "response": "q", "messages": turns[1:3]}) == ("<bos>p", "q")  # named fields win
+    assert encode({"prompt": "p", "messages": turns[1:3]}) == ("<bos>1+1:", "y")  # no response field
+    both = {"prompt": "p", "response": "q", "messages": turns[1:3]}
+    assert encode(both) == ("<bos>p", "q")                     # named fields win
     assert encode({"messages": turns[1:3]}, prompt_template="z{prompt}a{prompt}") == ("<bos>z1+1:a1+1:", "y")
     with pytest.raises(train.UserError, match="line 1: 4 turns"):
         encode({"messages": turns})
@@ -629,30 +660,32 @@ def test_responses_end_with_eos_and_are_cut_at_max_length(tmp_path):
     assert [e.response_ids[-1] == 2 for e in examples] == [True, False, False]
     assert [e.index for e in examples] == [0, 1, 2]
     whole, _, _ = load(tmp_path, [{"prompt": "1", "response": "2<eos>"}])
-    assert list(whole[0].response_ids) == [5, 2]                       # its own end-of-sequence is not doubled
+    assert list(whole[0].response_ids) == [5, 2]               # its own end-of-sequence is not doubled
 
 
 def test_odd_but_legal_files(tmp_path):
     line = b'{"prompt": "1+1:", "response": "2"}'
-    for content in (line, line + b"\n\n", line + b"\r\n" + line + b"\r\n", b"\xef\xbb\xbf" + line, b"\n" + line):
+    for content in (line, line + b"\n\n", line + b"\r\n" + line + b"\r\n", b"\xef\xbb\xbf" + line,
+                    b"\n" + line):
         examples, _, _ = load(tmp_path, content)
         assert {tuple(e.prompt_ids) for e in examples} == {(1, 4, 13, 4, 16)}
     strange = {"prompt": "\u2028\u0661 \u4e2d \U0001f600", "response": "\u05d0" * 100_000}
     examples, cut, _ = load(tmp_path, [strange, strange])
-    assert len(examples) == 2 and cut == 2                             # duplicates stay; the long one is cut
+    assert len(examples) == 2 and cut == 2                     # duplicates stay; the long one is cut
 
 
 @pytest.mark.parametrize("lines, flags", (
     (rows(1), ("--batch-size", 1)), (rows(3) * 4, ()), ([{"prompt": "1", "response": "2"}] * 8, ())))
 def test_odd_but_legal_data_trains(lines, flags, made, tmp_path):
-    run("--model", made["model"], "--data", jsonl(tmp_path / "d.jsonl", lines), "--out", tmp_path / "out", *flags,
-        "--rewrite-after", 2, "--rewrite-every", 2)
+    data = jsonl(tmp_path / "d.jsonl", lines)
+    run("--model", made["model"], "--data", data, "--out", tmp_path / "out", *flags, "--rewrite-after", 2,
+        "--rewrite-every", 2)
     assert all(math.isfinite(row["loss"]) for row in log(tmp_path / "out"))
     if len(set(map(str, lines))) == 1:
         assert all(row["w_min"] == 1 for row in log(tmp_path / "out"))
 
 
-# ==== Nothing lost ====================================================================================================
+# ==== Nothing lost =========================================================================================
 
 def equal_runs(one, other):
     assert log(one) == log(other) and log(one, "rewrites.jsonl") == log(other, "rewrites.jsonl")
@@ -676,28 +709,29 @@ def test_a_signal_finishes_the_step_and_resume_continues_to_the_bit(made, tmp_pa
     for step, number, code in ((16, signal.SIGTERM, 143), (5, signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
-            run(*made["flags"], "--out", tmp_path / "out", "--resume", code=code)
+            again(made, tmp_path / "out", "--resume", code=code)
         assert "--resume goes on" in capsys.readouterr().out
     assert len(log(tmp_path / "out")) == 21 and not (tmp_path / "out" / "config.json").exists()
-    run(*made["flags"], "--out", tmp_path / "out", code=2)             # not without --resume
+    again(made, tmp_path / "out", code=2)                # not without --resume
     assert "--resume" in capsys.readouterr().err
-    run(*made["flags"], "--out", tmp_path / "out", "--resume", "--micro-batch-tokens", 9999, "--save-every", 7)
+    again(made, tmp_path / "out", "--resume", "--micro-batch-tokens", 9999, "--save-every", 7)
     equal_runs(made["path"] / "one", tmp_path / "out")
-    run(*made["flags"], "--out", tmp_path / "out", "--resume")
+    again(made, tmp_path / "out", "--resume")
     assert "finished" in capsys.readouterr().out
 
 
 def test_resume_refuses_another_run_and_names_what_differs(made, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     stop_at(monkeypatch, 3)
-    run(*made["flags"], "--out", out, code=143)
+    again(made, out, code=143)
     other = jsonl(tmp_path / "other.jsonl", rows(seed=1))
     same = jsonl(tmp_path / "same.jsonl", rows())
     for flags, names in ((("--lr", 0.5), ("--lr", "0.01", "0.5")), (("--method", "dft"), ("--method",)),
-                         (("--data", other), ("content",)), (("--seed", 1, "--beta", 2), ("--seed", "--beta")),
+                         (("--seed", 1, "--beta", 2), ("--seed", "--beta")),
+                         (("--data", other), ("content",)),
                          (("--model", folder(tmp_path / "other")), ("--model",))):
         capsys.readouterr()
-        run(*made["flags"], "--out", out, "--resume", *flags, code=2)
+        again(made, out, "--resume", *flags, code=2)
         said = capsys.readouterr().err
         assert all(name in said for name in names) and said.count("\n") == 1
     assert train.checkpoint_of(out).name == "checkpoint-00000003"
@@ -706,17 +740,17 @@ def test_resume_refuses_another_run_and_names_what_differs(made, tmp_path, monke
 def test_a_damaged_checkpoint_is_told(made, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     stop_at(monkeypatch, 3)
-    run(*made["flags"], "--out", out, code=143)
+    again(made, out, code=143)
     for name in ("state.pt", "model.safetensors"):
         path = train.checkpoint_of(out) / name
         whole = path.read_bytes()
         path.write_bytes(whole[:len(whole) // 2])
         capsys.readouterr()
-        run(*made["flags"], "--out", out, "--resume", code=2)
+        again(made, out, "--resume", code=2)
         said = capsys.readouterr().err
         assert str(path.parent) in said and said.count("\n") == 1 and "Traceback" not in said
         path.write_bytes(whole)
-    run(*made["flags"], "--out", out, "--resume")
+    again(made, out, "--resume")
     equal_runs(made["path"] / "one", out)
 
 
@@ -727,9 +761,10 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_stays(made, tmp_path):
             "    if run.step > 8: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
             "    real(run)\n"
             "train.save = save\nsys.exit(train.main(sys.argv[1:]))")
-    flags = [*made["flags"], "--batch-size", 4, "--max-length", 64, "--save-every", 8, "--out", tmp_path / "out"]
+    flags = [*made["flags"], *SIZES, "--save-every", 8, "--out", tmp_path / "out"]
     done = command_line(sys.executable, "-c", code, *flags, code=2, cwd=HERE)
-    assert "checkpoint-00000016" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert all(name in done.stderr for name in ("checkpoint-00000016", "--resume"))
+    assert "Traceback" not in done.stderr
     assert train.checkpoint_of(tmp_path / "out").name == "checkpoint-00000008"
     run(*flags, "--resume")
     equal_runs(made["path"] / "one", tmp_path / "out")
@@ -738,9 +773,8 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_stays(made, tmp_path):
 def kill_and_resume(made, out, ranks, kills, seed=0):
     """SIGKILL the run's processes at random moments, among them while it saves and while it rewrites."""
     draw, hit = random.Random(seed), []
-    flags = [*made["flags"], "--batch-size", "4", "--max-length", "64", "--save-every", "1", "--resume", "--out", out]
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 f"--nproc-per-node={ranks}"]
+    flags = [*made["flags"], *SIZES, "--save-every", 1, "--resume", "--out", out]
+    start = [sys.executable] if ranks == 1 else launcher(ranks)
     while True:
         before = len(log(out)) if (out / "log.jsonl").exists() else 0
         process = subprocess.Popen([*start, str(HERE / "train.py"), *map(str, flags)], start_new_session=True,
@@ -776,12 +810,13 @@ def test_runs_killed_many_times_resume_to_the_bit(made, tmp_path, ranks):
 
 
 def test_a_lost_rank_is_healed_by_torchrun(made, two_ranks, tmp_path):
-    """The last rank of the first try kills itself in step 14; --max-restarts with --resume ends as if it had not."""
+    """One rank of the first try kills itself in step 14; the restarted run ends as if it had not."""
     script = tmp_path / "lossy.py"
     script.write_text(
         f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\nreal = train.train_step\n"
         "def lossy(*args):\n    lossy.step += 1\n"
-        "    if lossy.step == 14 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
+        "    at = lossy.step, os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
+        "    if at == (14, '0', '1'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n    return real(*args)\n"
         "lossy.step, train.train_step = 0, lossy\nsys.exit(train.main())\n")
     torchrun(*made["flags"], "--save-every", 5, "--resume", "--out", tmp_path / "out", script=script,
@@ -789,40 +824,45 @@ def test_a_lost_rank_is_healed_by_torchrun(made, two_ranks, tmp_path):
     equal_runs(two_ranks, tmp_path / "out")
 
 
-# ==== Bad input =======================================================================================================
+# ==== Bad input ============================================================================================
 
 GOOD = b'{"prompt": "1+1:", "response": "2"}'
-BAD_DATA = {                                                           # second line of the file: what must be said
-    b'{"prompt": "1"': ("line 2", "JSON"), b"[1]": ("line 2", "object", "list"), b"[" * 100_000: ("line 2", "JSON"),
-    b'{"prompt": "1"}': ("line 2", '"response"', "missing"), b'{"prompt": "", "response": "2"}': ("line 2", "empty"),
+BAD_DATA = {                                                   # second line of the file: what must be said
+    b'{"prompt": "1"': ("line 2", "JSON"), b"[1]": ("line 2", "object", "list"),
+    b"[" * 100_000: ("line 2", "JSON"), b'{"prompt": "1"}': ("line 2", '"response"', "missing"),
+    b'{"prompt": "", "response": "2"}': ("line 2", "empty"),
     b'{"prompt": "1", "response": 2}': ("line 2", '"response"', "not a string"),
     b'{"prompt": "1", "response": null}': ("line 2", "missing"),
     b'{"prompt": "\xff", "response": "2"}': ("line 2", "UTF-8"),
     b'{"prompt": "\\ud800", "response": "2"}': ("line 2", "UTF-8"),
     b'{"messages": []}': ("line 2", "assistant"), b'{"messages": ["hi"]}': ("line 2", "messages"),
     b'{"messages": [{"role": "assistant", "content": "y"}]}': ("line 2", "user turn"),
-    b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}]}': ("line 2", "message 1"),
-    b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", '
-    b'"content": "y"}]}': ("line 2", "chat template")}
+    b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}]}':
+        ("line 2", "message 1"),
+    b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, '
+    b'{"role": "assistant", "content": "y"}]}': ("line 2", "chat template")}
 BAD_FLAGS = [
     (("--data", "nowhere.jsonl"), ("nowhere.jsonl", "No such file")), (("--model", "nowhere"), ("nowhere",)),
-    (("--model", "EMPTY"), ("empty",)), (("--model", "NOEOS"), ("end-of-sequence",)), (("--model", "SMALL"), ("token",)),
-    (("--model", "HALF"), ("weights are missing", "lm_head")), (("--out", "DATA/below"), ("below", "--out")),
-    (("--batch-size", 1000), ("--batch-size 1000", "24")), (("--max-length", 129), ("--max-length 129", "128")),
+    (("--model", "EMPTY"), ("empty",)), (("--model", "NOEOS"), ("end-of-sequence",)),
+    (("--model", "SMALL"), ("token",)), (("--model", "HALF"), ("weights are missing", "lm_head")),
+    (("--out", "DATA/below"), ("below", "--out")), (("--batch-size", 1000), ("--batch-size 1000", "24")),
+    (("--max-length", 129), ("--max-length 129", "128")),
     (("--max-length", 3), ("no usable row", "--max-length")), (("--data", "NONE"), ("no usable row",)),
-    (("--prompt-template", "solve it"), ("{prompt}",)), (("--steps", 3, "--epochs", 1), ("--steps", "--epochs")),
-    (("--classroom-size", 10), ("--classroom-size", "classroom")), (("--kinds", "junk"), ("--kinds", "classroom")),
-    (("--method", "ppo"), ("--method", "ppo", "cadft")), (("--bach-size", 3), ("--bach-size",)),
-    (("--steps", "many"), ("--steps", "many")), (("--prompt-field", "question"), ("line 1", "question"))]
+    (("--prompt-template", "solve it"), ("{prompt}",)),
+    (("--steps", 3, "--epochs", 1), ("--steps", "--epochs")),
+    (("--classroom-size", 10), ("--classroom-size", "classroom")),
+    (("--kinds", "junk"), ("--kinds", "classroom")), (("--method", "ppo"), ("--method", "ppo", "cadft")),
+    (("--bach-size", 3), ("--bach-size",)), (("--steps", "many"), ("--steps", "many")),
+    (("--prompt-field", "question"), ("line 1", "question"))]
 BAD_FLAGS += [((f"--{flag}", value), (f"--{flag}", interval)) for flag, kind, _, _, interval, _ in train.FLAGS
               if flag not in ("steps", "epochs") for value in ((-1,) if kind is int else (-1.0, math.nan))]
 
 
-def refused(capsys, out, argv, names):
+def refused(capsys, out, argv, names, program=train):
     capsys.readouterr()
-    assert train.main([str(flag) for flag in argv]) == 2
+    assert program.main([str(flag) for flag in argv]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("train.py: ") and said.count("\n") == 1 and len(said) < 500, said
+    assert said.startswith(f"{program.__name__}.py: ") and said.count("\n") == 1 and len(said) < 500, said
     assert all(name in said for name in names), (names, said)
     assert not out.exists() or not any(out.iterdir())
 
@@ -857,8 +897,8 @@ def broken(made):
 @pytest.mark.parametrize("flags, names", BAD_FLAGS, ids=str)
 def test_bad_flags_are_refused_in_one_line(flags, names, made, broken, tmp_path, capsys):
     flags = [broken.get(flag, flag) for flag in flags]
-    defaults = {"--model": made["model"], "--data": made["data"], "--out": tmp_path / "out", "--max-length": 64,
-                "--batch-size": 4}
+    defaults = {"--model": made["model"], "--data": made["data"], "--out": tmp_path / "out",
+                "--max-length": 64, "--batch-size": 4}
     for name, value in defaults.items():
         flags += [] if name in flags else [name, value]
     refused(capsys, tmp_path / "out", flags, names)
@@ -867,6 +907,413 @@ def test_bad_flags_are_refused_in_one_line(flags, names, made, broken, tmp_path,
 def test_bad_commands_exit_with_2_and_speak_once(made, tmp_path):
     done = command_line(sys.executable, HERE / "train.py", "--model", made["model"], code=2)
     assert done.stderr == "train.py: --model and --data go together; with neither, the classroom runs\n"
-    done = torchrun("--model", made["model"], "--data", made["data"], "--batch-size", 5, "--out", tmp_path / "out",
-                    code=None)
+    done = torchrun("--model", made["model"], "--data", made["data"], "--batch-size", 5, "--out",
+                    tmp_path / "out", code=None)
     assert done.returncode != 0 and done.stderr.count("train.py: --batch-size 5: ") == 1
+
+# ==== Evaluation ===========================================================================================
+
+PAIRS = r"""
+fractions :: \dfrac{3}{7} == \frac{3}{7} ; \tfrac{5}{8} == 5/8 ; \frac12 == \frac{1}{2}
+\frac{-3}{5} == -\frac{3}{5} ; \dfrac{7}{3} != \frac{3}{7} ; \frac{-3}{-5} != -\frac{3}{5} ; \frac12 != 12
+\frac{1}{9} != 9
+exact :: 50000 != 50001 ; 123456789012345678 != 123456789012345679 ; 0.99999 != 1
+\frac{3333}{10000} != \frac13 ; 37.0 == 37 ; \frac{144}{12} == 12 ; -14 != 14
+rounded :: 0.3333 == \frac{1}{3} ; 0.333 != \frac{1}{3} ; 2.50025 == 2.5 ; 2.50026 != 2.5 ; 12.50125 == 12.5
+0.49994 != 0.5 ; 7 == 6.9998 ; 9.8 != 9.81 ; 3.1416 == \pi ; \frac{22}{7} != \pi ; 2.718 != e ; 2.7183 == e
+\frac{1}{8} == 0.125 ; 0.12 != \frac18
+decimals :: 2.50 == 2.5 ; 48. == 48 ; .75 == \frac{3}{4} ; -.2 == -0.20 ; .5 != 5 ; 0.50 != 0.05
+thousands :: 12,\!500 == 12500 ; 1{,}234{,}567 == 1234567 ; 86,400 == 86400 ; 3\,628\,800 == 3628800
+1,234 != 1.234 ; 12,34 != 1234
+signs :: 72^\circ == 72 ; 45^{\circ} == 45° ; \$18.90 == 18.9 ; $29$ == 29 ; \$1,250.50 == 1250.50
+35\% == 35 ; 0.35 != 35\% ; 35\% != 0.35 ; \$18.09 != 18.90
+units :: 13 \text{ cm} == 13 ; 12\ \mathrm{m/s} == 12 ; 24 \text{ cm}^2 == 24 ; 16\pi \text{ m}^3 == 16\pi
+8 == 8\text{ hours} ; \frac{9}{2}\text{ square units} == 4.5 ; \text{cm} != 13 ; 24 \text{ cm}^2 != 576
+31 \text{ apples} != 13 \text{ apples} ; 16\pi \text{ m}^3 != 16
+mixed :: 2\frac{1}{2} == \frac{5}{2} ; 1 \frac{3}{4} == 1.75 ; -1\frac12 == -\frac{3}{2} ; 2\frac{1}{2} != 1
+-1\frac12 != -\frac12 ; 3\dfrac{2}{5} != \frac{16}{5}
+powers :: 7.2 \times 10^{31} == 7.2e31 ; 1.6 \cdot 10^{-19} == 1.6 \times 10^{-19}
+3 \times 10^8 == 300{,}000{,}000 ; 4^{1012} == 2^{2024} ; 7.2 \times 10^{30} != 7.2 \times 10^{31}
+1.6 \times 10^{19} != 1.6 \times 10^{-19} ; 2^{2023} != 2^{2024} ; 2^{2024}-1 != 2^{2024}
+2^3 \cdot 3^2 != 2^2 \cdot 3^3 ; 1-\frac{1}{2^{10}} == \frac{1023}{1024} ; 2^{10} != 20
+unicode :: −17 == -17 ; 2π == 2\pi ; π/3 == \frac{\pi}{3} ; −17 != 17 ; 2π != \pi^2
+prefixes :: x=11 == 11 ; x = -11 != 11 ; (x,y) = (3,-1) == (3,-1)
+roots :: \sqrt2 == \sqrt{2} ; 2\sqrt{3} == \sqrt{12} ; \frac{\sqrt{2}}{2} == \frac{1}{\sqrt{2}}
+\sqrt[3]{16} == 2\sqrt[3]{2} ; 1+\sqrt{3} == \sqrt3+1 ; \sqrt[4]{9} == \sqrt{3}
+\frac{\sqrt5-1}{2} == \frac{2}{1+\sqrt5} ; \sqrt{3+2\sqrt{2}} == 1+\sqrt{2} ; 1.732 == \sqrt{3}
+1.73 != \sqrt{3} ; 3\sqrt{2} != 2\sqrt{3} ; \sqrt[3]{5} != \sqrt{5} ; \sqrt{3}+\sqrt{2} != \sqrt{5}
+\sqrt{1+3} != 1+\sqrt{3} ; \sqrt{13} != 13 ; \frac{3+\sqrt{5}}{2} != \frac{3-\sqrt{5}}{2}
+plus-minus :: \pm 3 == 3, -3 ; \{-5, 5\} == \pm 5 ; 1 \pm \sqrt{2} == 1-\sqrt{2}, 1+\sqrt{2}
+\frac{1\pm\sqrt{5}}{2} == \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2} ; x = \pm 2i == 2i, -2i
+\pm1, \pm2 == -2,-1,1,2 ; 5 \pm 1 == 4, 6 ; 3 != \pm 3 ; \pm\sqrt{7} != \sqrt{7}
+-2\pm\sqrt{3} != 2\pm\sqrt{3} ; \pm \frac{1}{2} != \pm \frac{1}{4} ; 3 \pm 2i != 3 + 2i
+tuples :: \left(4, -\frac{1}{2}\right) == (4,-0.5) ; (2, 7, 9) == (2,7,9)
+\left( 3, \dfrac{\pi}{4} \right) == (3,\frac{\pi}{4}) ; (0.33333, 2) == (\frac{1}{3}, 2)
+(-1,0), (1,0) == (1,0),(-1,0) ; (3,-2) != (-2,3) ; (2,7) != (2,7,9) ; (3,\frac{3\pi}{4}) != (3,\frac{\pi}{4})
+(4,-6) != (4,6) ; (2,5),(1,3) != (5,2),(3,1) ; (2,5) != (2,5),(1,3) ; (2,5) != \{2,5\}
+intervals :: \left[0, 4\right) == [0,4) ; (-2, +\infty) == (-2,\infty) ; [-1, \frac{3}{2}] == [-1,1.5]
+(0,4) != [0,4) ; [0,4] != (0,4] ; (-\infty, 2] != [2, \infty)
+unions :: \left(-\infty,-2\right) \cup \left(3,\infty\right) == (-\infty,-2)\cup(3,\infty)
+(3,\infty)\cup(-\infty,-2) == (-\infty, -2) \cup (3, \infty) ; [0,\tfrac12] \cup [2,5) == [0,0.5]\cup[2,5)
+x \in (-\infty,1] \cup [4,\infty) == (-\infty,1]\cup[4,\infty)
+(-5,-3)\cup(-3,0)\cup(0,+\infty) == (-5,-3) \cup (-3,0) \cup (0,\infty)
+(-\infty,-2]\cup[3,\infty) != (-\infty,-2)\cup(3,\infty) ; (1,2)\cup(2,3) != (1,3)
+(-\infty,-2) != (-\infty,-2)\cup(3,\infty) ; (-\infty,2)\cup(3,\infty) != (-\infty,-2)\cup(3,\infty)
+(-\infty,4)\cap(1,\infty) != (-\infty,4)\cup(1,\infty)
+sets :: \{1,4,9\} == \{9,4,1\} ; \left\{ -2, 6 \right\} == 6, -2 ; 2 \text{ and } 3 == 2, 3
+x=1 \text{ or } x=8 == 1,8 ; 1,4 != 1,4,9 ; 1,4,4 != 1,4 ; \{1,4,8\} != \{1,4,9\} ; \{3,7\} != [3,7]
+-2, -6 != 2, 6 ; 1,2,3 != 123
+matrices :: \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} == \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\begin{bmatrix} 0.5 \\ -2 \end{bmatrix} == \begin{pmatrix} \frac{1}{2} \\ -2 \end{pmatrix}
+\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} != \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+\begin{matrix} 2 & 0 \\ 1 & 5 \end{matrix} == \begin{bmatrix} 2 & 0 \\ 1 & 5 \end{bmatrix}
+\begin{pmatrix} 5 \\ 7 \end{pmatrix} != \begin{pmatrix} 5 \\ 7 \\ 0 \end{pmatrix}
+\begin{bmatrix} 1 & 0 \\ 0 & -1 \end{bmatrix} != \begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}
+formulas :: 4x-7-x^3 == -x^3+4x-7 ; (x-2)(x+2) == x^2-4 ; a^2+2ab+b^2 == (a+b)^2
+\frac{n(n+1)}{2} == n(n+1)/2 ; \frac{x+1}{2} == \frac{1}{2}x+\frac{1}{2} ; 4i+3 == 3+4i
+\frac{1}{e^x} == e^{-x} ; 3\ln 2 == \ln 8 ; y = -\frac{x}{2}+3 == y=3-\frac{1}{2}x
+y^2 + x^2 = 25 == x^2+y^2=25 ; (x-2)^2 != x^2-4 ; x^2+5x-6 != x^2+5x+6 ; 3xy^2 != 3x^2y
+\frac{x-1}{x+1} != \frac{x+1}{x-1} ; \frac{n(n-1)}{2} != \frac{n(n+1)}{2} ; x^2+y^2=5 != x^2+y^2=25
+2x+3 != 2(x+3) ; \ln 5 != \ln 2+\ln 3 ; y=2x-1 != y=2x+1
+whole numbers :: 2013_{4} == 2013_4 ; 1101_2 != 1101_3 ; 1101_2 != 1011_2 ; 7! == 5040
+\dbinom{10}{3} == \binom{10}{7} ; \frac{8!}{2!} == 20160 ; \binom{6}{2} == 15 ; 6! != 6
+\binom{10}{4} != \binom{10}{3}
+times :: \text{3:30} == 3:30 ; 10:45\text{ a.m.} == 10:45 \text{ a.m.} ; 3 : 4 == 3:4
+10:45\text{ p.m.} != 10:45\text{ a.m.} ; 4:3 != 3:4
+inequalities :: x \geq 3 == x\ge 3 ; 3 < x == x > 3 ; -1 \leq x<4 == -1\le x < 4 ; +\infty == \infty
+x > 3 != x \ge 3 ; x<3 != x>3 ; -1<x<4 != -1 \le x<4 ; -\infty != \infty
+choices :: (D) == D ; \textbf{(C)} == C ; \text{E} == (E) ; A != (D) ; \text{(B)} != E ; A, C != A, B
+words :: \text{southwest} == southwest ; \text{No} == no ; \text{Thursday} != \text{Tuesday}
+\text{neither} != \text{either} ; \text{Yes} != No ; \text{decreasing} != \text{increasing}
+\text{north} != \text{northeast}
+"""
+
+
+def pairs():
+    """(prediction, reference, whether they are equal): PAIRS, and the empty answer."""
+    for pair in re.split(r" ; |\n", re.sub(r"(?m)^.* :: ", "", PAIRS.strip())):
+        prediction, sign, reference = re.split(" (==|!=) ", pair)
+        yield prediction, reference, sign == "=="
+    yield from [("", "0", False), ("", "", False), (" ", r"\text{none}", False)]
+
+
+def test_grading_of_hand_made_pairs():
+    judged = [(equal, evaluate.same_answer(*pair), pair) for *pair, equal in pairs()]
+    missed = [pair for equal, got, pair in judged if equal and not got]
+    false = [pair for equal, got, pair in judged if got and not equal]
+    right = 214 - len(missed) - len(false)
+    assert len(judged) == 214 and right >= 0.84 * 214 and len(false) <= 2, (missed, false)  # what is required
+    # What is reached. Missed: 4^{1012}; 7!, 8!/2!; both binomials that are equal; 3 < x for x > 3.
+    assert right >= 207 and not false, (missed, false)
+
+
+def test_grading_is_symmetric_and_blind_to_spelling():
+    for prediction, reference, _ in pairs():
+        got = evaluate.same_answer(prediction, reference)
+        if "." not in prediction + reference:                  # a rounded number may equal an exact one
+            assert evaluate.same_answer(reference, prediction) == got
+        assert evaluate.same_answer(reference, reference) == bool(reference)
+        for spelling in "$@$", r"\(@\)", " @ ", "@.", r"\displaystyle @":
+            response = rf"So it is \boxed{{{spelling}}}.".replace("@", prediction)
+            assert evaluate.is_correct(response, reference) == got, (response, reference)
+
+
+@pytest.mark.parametrize("response, answer", (
+    (r"\boxed{1}, no, \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"so \boxed {5}", "5"),
+    (r"\boxed{\{1, 2\}} 3", r"\{1, 2\}"), (r"\fbox{6}", "6"), (r"it is \boxed{\frac12", r"\frac12"), ("", ""),
+    (r"The answer is 12. Or the answer is: $x = 3.5$. Take 7.", "x = 3.5$"), ("no idea", ""), (None, ""),
+    (r"The answer is \boxed{}", ""), ("3 and 4 make 7", "7"), ("it costs 1,234.50 dollars", "1,234.50"),
+    ("from 5 to -2/3", "-2/3"), ("10-7=3", "3"), ("**Answer is:** -4", "-4")))
+def test_extraction(response, answer):
+    assert evaluate.extract_answer(response) == answer
+    assert evaluate.is_correct(response, answer) == bool(answer)
+
+
+def test_the_empty_answer_never_matches():
+    empty = ("", " ", "$$", r"\text{ }", ".", r"\,", "\n", "{}")    # but {} is also a spelling of \{\}
+    for prediction, reference in itertools.product(empty, (*empty[:-1], "0", "None", r"\emptyset", "()")):
+        assert not evaluate.same_answer(prediction, reference)
+        for response in prediction, rf"\boxed{{{prediction}}}":
+            assert not evaluate.is_correct(response, reference)
+
+
+@pytest.mark.parametrize("text", (
+    "9^{9^{9^9}}", "1e999999999", "-1e-999999999", "10^{1e9}", "2^{1020}" * 50, "{" * 5000 + "}" * 5000,
+    "(" * 1900, r"\frac" * 400, r"\sqrt{" * 300, r"\text{" * 300, r"\text{a}" * 250, r"\pm " * 450,
+    "1," * 900, "1 " * 900, "1.1" * 600, "a" * 100_000, "1" * 100_000, "answer is " * 10_000,
+    r"\boxed{" * 10_000, "__import__('os').system('RUN')", "eval('__import__(\"os\").system(\"RUN\")')",
+    "\u0663", "\u0661\u0662", "\0", "7\0", "\ud800", "None", "null", "nan", "inf", "-inf", "True", "[]",
+    "1/0", "0^{-1}", r"\log 0", "i^{i^{i^i}}"), ids=lambda text: ascii(text[:9]))
+def test_adversarial_answers_are_refused_at_once(text, tmp_path):
+    text = text.replace("RUN", f"touch {tmp_path}/ran")
+    for reference in ("3", "0.5", "east", "x^2+1", r"(1,\infty)", "D"):
+        pairs_ = (rf"\boxed{{{text}}}", reference), (text, reference), (rf"\boxed{{{reference}}}", text)
+        for response, answer in pairs_:
+            seconds = []
+            for _ in range(3):                                 # the best of three: others work here too
+                for cached in evaluate._structure, evaluate._value, evaluate._letter:
+                    cached.cache_clear()
+                start = time.perf_counter()
+                assert not evaluate.is_correct(response, answer)
+                seconds.append(time.perf_counter() - start)
+            assert min(seconds) < 0.1
+    assert not list(tmp_path.iterdir())
+
+
+SHAPES = [                                                     # of aime24, amc23, minerva_math, olympiadbench
+    ({"id": 60, "problem": "a", "answer": "025", "url": "u"}, "025"),
+    ({"id": 0, "problem": "b", "answer": 27.0, "question": "b"}, "27.0"),
+    ({"problem": "c", "solution": r"\boxed{1}, so \boxed{4.5e33}"}, "4.5e33"),
+    ({"context": None, "question": "d", "final_answer": ["$69$,$84$"]}, "$69$,$84$"),
+    ({"question": "d", "final_answer": ["2", r"\frac{1}{3}"]}, r"2, \frac{1}{3}"),
+    ({"problem": "e", "solution": r"\boxed{3}", "answer": r"(3, \frac{\pi}{2})"}, r"(3, \frac{\pi}{2})")]
+
+
+def test_files_in_the_shapes_of_the_benchmarks_load_and_grade_their_references_right(tmp_path, capsys):
+    def graded(rows):
+        path.write_text("\n".join(map(json.dumps, rows)))      # no newline at the end
+        assert evaluate.main(["--grade", str(path), "--results", str(tmp_path / "results.json")]) == 0
+        numbers = json.loads((tmp_path / "results.json").read_text())["runs"][0]["numbers"]
+        assert f"{100 * numbers['average_at_k']:.1f}" in capsys.readouterr().out
+        return [numbers[name] for name in ("problems", "samples", "average_at_k", "cut_off")]
+
+    path = tmp_path / "problems.jsonl"
+    for row, reference in SHAPES:
+        question = row.get("question", row.get("problem"))
+        expected = [(question, reference, f"{path}, line {line}") for line in (1, 2)]
+        jsonl(path, [row] * 3)
+        assert [(p.question, p.reference, p.where) for p in evaluate.load_problems(path, limit=2)] == expected
+    rows = [row | {"problem": i, "response": rf"Thus \boxed{{{reference}}}."}
+            for i, (row, reference) in enumerate(SHAPES)]
+    assert graded(rows) == [6, 1, 1, 0]
+    assert graded([rows[0], rows[1] | {"finished": False}]) == [2, 1, 0.5, 0.5]
+    for wrong in ("", "no idea", r"\boxed{26}", r"\boxed{}", "the answer is 0", r"\boxed{(3, \pi)}"):
+        assert graded([row | {"response": wrong} for row in rows]) == [6, 1, 0, 0]
+    assert graded(rows[:3] * 3 + [row | {"response": "0"} for row in rows[:3]]) == [3, 4, 0.75, 0]
+
+
+@pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="set BENCHMARKS to the folder of the five files")
+def test_the_real_benchmarks_load_and_the_official_labels_agree():
+    where, counts = Path(os.environ["BENCHMARKS"]), {}
+    for name in ("aime24", "amc23", "minerva_math", "olympiadbench", "math_oai"):
+        references = [p.reference for p in evaluate.load_problems(where / f"{name}.jsonl")]
+        assert all(evaluate.is_correct(rf"\boxed{{{reference}}}", reference) for reference in references)
+        counts[name] = len(references)
+    assert list(counts.values()) == [30, 40, 272, 675, 500]
+    labelled = [row for _, row in train.read_jsonl(where / "graded_responses.jsonl")]
+    agreed = sum(evaluate.is_correct(row["response"], row["reference"]) == row["correct"] for row in labelled)
+    assert len(labelled) == 400 and agreed >= 398, agreed
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    for n, right in ((n, right) for n in range(1, 7) for right in range(n + 1)):
+        for k in range(1, n + 1):
+            subsets = itertools.combinations([True] * right + [False] * (n - right), k)
+            assert evaluate.pass_at_k(n, right, k) == pytest.approx(statistics.fmean(map(any, subsets)))
+
+
+def answers(problems, greedy=()):
+    """Rows as in eval-NAME.jsonl. "1101" are a problem's samples: 1 right, 0 wrong, c cut off."""
+    told = [(i, sample, mark) for i, marks in enumerate(problems) for sample, mark in enumerate(marks)]
+    told += [(i, "greedy", mark) for i, mark in enumerate(greedy)]
+    return [{"problem": i, "sample": sample, "correct": mark == "1", "finished": mark != "c",
+             "tokens": 10 + i} for i, sample, mark in told]
+
+
+def error(values):
+    return pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def test_counting_by_hand():
+    numbers, each = evaluate.count(answers(["1101", "0c01", "0000"], "110"))
+    assert each == {"greedy": [1, 1, 0], "average_at_k": [0.75, 0.25, 0]}
+    assert numbers["standard_error"] == {name: error(each[name]) for name in each}     # by problem
+    assert numbers["average_at_k"] == pytest.approx(4 / 12) and numbers["greedy"] == pytest.approx(2 / 3)
+    assert numbers["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": (1 + 1 / 2) / 3, "4": 2 / 3})
+    assert (numbers["problems"], numbers["samples"], numbers["mean_tokens"]) == (3, 4, 11)
+    assert numbers["cut_off"] == pytest.approx(1 / 12)
+
+
+def compared(*runs):
+    """The table's rows for runs (args, samples, greedy)."""
+    found = [evaluate.Candidate(args["out"], args["method"], args["seed"], args) for args, *_ in runs]
+    evaluate.label(found)
+    results = [evaluate.result(run, "sums", evaluate.count(answers(*told)))
+               for run, (_, *told) in zip(found, runs)]
+    return {row["label"]: row for row in evaluate.compare(results, "dft")}
+
+
+def test_comparison_over_seeds_by_hand():
+    right = {"dft": [2, 3, 4], "cadft": [3, 5, 6, 6]}          # of 8 samples, of the seeds 0, 1, ...
+    rows_ = compared(*(({"method": method, "seed": seed, "out": f"{method}{seed}"},
+                        ["1" * min(n, 4) + "0" * (4 - n), "1" * (n - 4) + "0" * min(8 - n, 4)], "10")
+                       for method, some in right.items() for seed, n in enumerate(some)))
+    assert list(rows_) == ["dft", "cadft"] and "difference" not in rows_["dft"]
+    for method, some in right.items():
+        assert rows_[method]["seeds"] == list(range(len(some)))
+        assert rows_[method]["mean"]["average_at_k"] == pytest.approx(statistics.fmean(some) / 8)
+        assert rows_[method]["standard_error"]["average_at_k"] == error([n / 8 for n in some])
+    difference = rows_["cadft"]["difference"]                  # 1, 2, 2 of 8; seed 3 has no partner
+    assert difference["seeds"] == [0, 1, 2] and difference["greedy"] == {"mean": 0, "standard_error": 0}
+    assert difference["average_at_k"] == {
+        "mean": pytest.approx(5 / 24), "standard_error": error([1 / 8, 2 / 8, 2 / 8])}
+
+
+def test_another_argument_is_another_row_and_a_single_common_seed_is_compared_over_problems():
+    dft, run = ({"method": method, "seed": 0, "beta": 1.0, "out": method} for method in ("dft", "cadft"))
+    rows_ = compared((dft, ["10", "00", "01"]), (run, ["11", "01", "01"]), (run, ["00", "00", "00"]),
+                     (run | {"beta": 2.0, "out": "b", "save_every": 7}, ["11", "11", "11"]),
+                     (run | {"beta": 2.0, "seed": 1}, ["11", "00", "00"]))
+    assert set(rows_) == {"dft", "cadft beta=1.0", "cadft beta=2.0", "cadft beta=1.0 #2"}
+    assert rows_["cadft beta=2.0"]["seeds"] == [0, 1]
+    assert rows_["cadft beta=1.0"]["difference"]["average_at_k"] == {
+        "mean": pytest.approx(1 / 3), "standard_error": error([0.5, 0.5, 0])}
+    assert "+33.3 ± 16.7" in "\n".join(evaluate.table(list(rows_.values()), "dft"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(made):
+    """A copy of the run with a prompt template of its own, evaluated on four problems."""
+    path = made["path"] / "evaluated"
+    shutil.copytree(made["path"] / "one", path / "run")
+    arguments = json.loads((path / "run" / "args.json").read_text()) | {"prompt_template": "{prompt}:"}
+    (path / "run" / "args.json").write_text(json.dumps(arguments))
+    data = jsonl(path / "sums.jsonl", [{"question": f"{i}+{'1' * i}", "answer": i} for i in range(1, 5)])
+    flags = [str(path / "run"), "--data", data, "--samples", "2", "--max-tokens", "12", "--batch-size", "3"]
+    assert evaluate.main(flags) == 0
+    return {"flags": flags, "file": path / "run" / "eval-sums.jsonl", "results": path / "results.json"}
+
+
+def test_evaluation_end_to_end(evaluated):
+    told = [row for _, row in train.read_jsonl(evaluated["file"])]
+    each = set(itertools.product(range(4), (0, 1, "greedy")))
+    assert {(row["problem"], row["sample"]) for row in told} == each
+    results, (numbers, _) = json.loads(evaluated["results"].read_text()), evaluate.count(told)
+    assert results["runs"][0]["numbers"] == numbers and results["rows"][0]["label"] == "cadft"
+    assert len(told) == 12 and (numbers["problems"], numbers["samples"]) == (4, 2)
+    lm, tokenizer = (auto.from_pretrained(evaluated["file"].parent)
+                     for auto in (AutoModelForCausalLM, AutoTokenizer))
+    for row in told:
+        assert row["correct"] == (row["finished"] and evaluate.is_correct(row["response"], row["reference"]))
+        assert row["tokens"] <= 12 and (row["finished"] or row["tokens"] == 12)
+        if row["sample"] == "greedy":                          # temperature 0, with the run's own template
+            prompt = tokenizer(f"<bos>{row['question']}:", add_special_tokens=False)["input_ids"]
+            ids, = cadft.nucleus_rewrite(lm, [prompt], [2], 0, 12, temperature=0)
+            assert row["response"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_two_processes_write_the_same_evaluation(evaluated, tmp_path):
+    command_line(*launcher(2), HERE / "evaluate.py", *evaluated["flags"], "--out", tmp_path / "two",
+                 "--results", tmp_path / "results.json")
+    file, = (path for path in (tmp_path / "two").rglob("*") if path.is_file())     # no parts are left
+    assert file.read_bytes() == evaluated["file"].read_bytes()
+    one, two = (json.loads(path.read_text()) for path in (evaluated["results"], tmp_path / "results.json"))
+    assert one["rows"] == two["rows"] and one["runs"] == two["runs"]
+
+
+def test_prompts_obey_the_template_and_what_is_cut_off_is_wrong(evaluated, monkeypatch, tmp_path):
+    tokenizer, seen = train.classroom_tokenizer(), set()
+
+    def right(lm, prompts, *_):                                # the right answers, half of them cut off
+        texts = [tokenizer.decode(ids).replace(" ", "") for ids in prompts]
+        seen.update(texts)
+        numbers = [int(text.split("+")[0][-1]) for text in texts]
+        return [[3 + n] + [2] * (n % 2) for n in numbers]
+    monkeypatch.setattr(cadft, "nucleus_rewrite", right)
+    for flags, template in (((), "{}:"), (("--prompt-template", "z{prompt}|"), "z{}|")):
+        seen.clear()
+        assert evaluate.main([*evaluated["flags"], "--out", str(tmp_path), *flags]) == 0
+        assert seen == {"<bos>" + template.format(f"{i}+{'1' * i}") for i in range(1, 5)}
+        numbers = json.loads(evaluated["results"].read_text())["runs"][0]["numbers"]
+        assert numbers["cut_off"] == numbers["average_at_k"] == numbers["greedy"] == 0.5
+
+
+def test_batch_gradient_equals_the_moments_over_all_batches(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    g, c_raw = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((6, 4), (6,)))
+    subsets = [torch.tensor(some) for some in itertools.combinations(range(6), 3)]
+    for beta in (0.0, 1.5):
+        order = iter(subsets)
+        monkeypatch.setattr(torch, "randperm", lambda n, generator: next(order))
+        got = evaluate.batch_gradient(g @ g.T, c_raw, beta, size=3, draws=20)
+        weight = lambda some: cadft.compatibility_weight(cadft.batch_zscore(c_raw[some]), beta) / 3
+        batches = torch.stack([weight(some) @ g[some] for some in subsets])    # [20, 4] each batch's gradient
+        second, variance = batches.square().sum(1).mean().item(), batches.var(0).sum().item()
+        expected = dict(second_moment=second, mean_squared=second - variance, variance=variance,
+                        relative_second_moment=second / (second - variance),
+                        relative_variance=variance / (second - variance))
+        assert got == pytest.approx(expected)
+
+
+def test_sample_gradients_are_those_of_a_direct_backward():
+    lm, direct = tiny(), {"sft": [], "dft": []}
+    samples = [some_batch((one,), seed=seed) for seed, one in enumerate(((3, 4), (2, 6), (5, 1)))]
+    batches = [dict(input_ids=ids, labels=labels) for ids, _, labels in samples]
+    c_raw, gram = evaluate.sample_gradients(lm, batches)
+    for (ids, _, labels), c in zip(samples, c_raw):
+        for name, gradients in direct.items():
+            log_p, targets = lm(input_ids=ids).logits[0, :-1].log_softmax(-1), labels[0, 1:]
+            nll = -log_p.gather(1, targets[:, None].clamp(min=0))[targets >= 0]
+            loss = (nll * (1 if name == "sft" else nll.neg().exp().detach())).mean()
+            parts = torch.autograd.grad(loss, list(lm.parameters()))
+            gradients.append(torch.cat([part.flatten() for part in parts]).double())
+        assert c.item() == pytest.approx(nll.mean().item(), rel=1e-5)
+    for name, gradients in direct.items():
+        g = torch.stack(gradients)
+        torch.testing.assert_close(gram[name], g @ g.T, rtol=1e-4, atol=1e-6)
+
+
+def test_correlations_by_hand_with_ties():
+    t = lambda *values: torch.tensor(values, dtype=torch.float64)
+    assert evaluate.ranks(t(3, 1, 3, 2)).tolist() == [3.5, 1, 3.5, 2]
+    assert evaluate.pearson(t(1, 2, 3), t(1, 2, 4)) == pytest.approx(3 / math.sqrt(2 * 14 / 3))
+    spearman = evaluate.pearson(evaluate.ranks(t(1, 2, 3, 4)), evaluate.ranks(t(-5, -5, 2, 90)))
+    assert spearman == pytest.approx(4.5 / math.sqrt(5 * 4.5))
+
+
+def test_the_gradient_study_adds_to_the_results(evaluated, capsys, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"rows": 3}')
+    assert evaluate.main([evaluated["flags"][0], "--gradients", "--limit", "33", "--results", str(path)]) == 0
+    assert "cadft: 33 held-back demonstrations, 1 seed(s)" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    means = found["gradients"]["cadft"]["mean"]
+    assert found["rows"] == 3 and sum(kind["n"] for kind in means["kinds"].values()) == 33
+    assert means["batch"]["cadft"]["second_moment"] < means["batch"]["dft"]["second_moment"]
+
+
+BAD_EVALUATIONS = [
+    (("nowhere/at/all",), ("nowhere/at/all", "no such folder")), (("EMPTY",), ("empty", "config.json")),
+    (("HALF",), ("weights are missing",)), (("MODEL", "--data", "none.jsonl"), ("none.jsonl", "No such")),
+    (("MODEL", "--data", "NONE"), ("no problem",)), (("MODEL", "--data", "DATA"), ("line 1", "question")),
+    (("MODEL", "--data", "LONG"), ("line 1", "127")), (("MODEL", "--data", "LONG", "LONG"), ("one name",)),
+    (("MODEL", "--data", "ASKED"), ("line 2", "no reference")), (("MODEL", "--against", "ppo"), ("ppo",)),
+    (("MODEL", "--prompt-template", "x"), ("{prompt}",)), (("MODEL", "--samples", "x"), ("--samples",)),
+    (("MODEL", "--limit", 1, "--samples", 1, "--out", "DATA/below"), ("--out",)),
+    (("MODEL", "--gradients", "--limit", 5), ("32", "5")), (("--grade", "LONG"), ("line 1", "response")),
+    (("--grade", "NONE"), ("no answer",)), (("--grade", "DATA"), ("line 1", "no reference")),
+    (("MODEL", "--temperature", math.nan), ("--temperature", "(0, inf)"))]
+BAD_EVALUATIONS += [(("MODEL", f"--{flag}", -1), (f"--{flag}", interval))
+                    for flag, _, _, _, interval, _ in evaluate.FLAGS]
+
+
+@pytest.mark.parametrize("flags, names", BAD_EVALUATIONS, ids=str)
+def test_bad_evaluations_are_refused_in_one_line(flags, names, made, broken, tmp_path, capsys):
+    asked = {"question": "1" * 200, "answer": "1"}
+    known = broken | {"MODEL": made["model"], "DATA": made["data"],
+                      "LONG": jsonl(tmp_path / "long.jsonl", [asked]),
+                      "ASKED": jsonl(tmp_path / "asked.jsonl", [asked, {"question": "1"}])}
+    refused(capsys, tmp_path / "out", [known.get(flag, flag) for flag in flags], names, evaluate)
+
+
+def test_a_missing_matplotlib_is_told_before_the_work(made, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = (made["model"], "--plot", tmp_path / "picture.png")
+    refused(capsys, tmp_path / "out", flags, ("pip install matplotlib",), evaluate)
+
+
+def test_the_picture_is_drawn(evaluated, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.png"
+    assert evaluate.main([*evaluated["flags"], "--plot", str(path), "--out", str(tmp_path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")

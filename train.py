@@ -29,6 +29,7 @@ import warnings
 from array import array
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 if "RANK" in os.environ:            # read when torch is imported: threads of several processes must not spin
@@ -73,8 +74,8 @@ FLAGS = [
     ("classroom-digits", int, None, 3, "[2, 6]", "digits of the numbers to add; the base model knows 1 to 3"),
     ("incompatible", float, None, 0.4, "[0, 1]", "share of incompatible demonstrations in the classroom"),
 ]
-# what may change between a run and its continuation: none of it changes the result
-FREE = {"out", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
+# what may differ between a run and its continuation: it changes no result (of data, the content counts)
+FREE = {"out", "data", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
 
 
 class UserError(Exception):
@@ -135,7 +136,7 @@ def train_step(net, optimizer, batches, a):
     optimizer.zero_grad()
     index, tokens = (torch.cat([batch[name] for batch in batches]) for name in ("index", "tokens"))
     rows = [index, c_raw, c_hat, w, sample_loss, cadft.dft_loss(nll, mask), nll.sum(1), mask.sum(1), tokens,
-            grad_norm, torch.tensor(peak_memory()), torch.tensor(stop.signal)]
+            grad_norm, torch.tensor(peak_memory()), torch.tensor(stop.received)]
     rows = [row.detach().to(nll.device, torch.float64).expand(len(nll)) for row in rows]
     return cadft.gather(torch.stack(rows, dim=1)).cpu()
 
@@ -307,7 +308,7 @@ def rewrite(run, world, rank, chunk=64):
             run.rewrites[i] = example.response_ids = array("i", ids)
             run.tracker.forget(i)
     if rank == 0:
-        with open(Path(a.out, "rewrites.jsonl"), "a") as file:
+        with open(Path(a.out, "rewrites.jsonl"), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -317,7 +318,7 @@ def load_examples(a, tokenizer):
     """JSONL -> (examples, how many responses were cut at --max-length, how many rows had no room for one)."""
     examples, dropped, cut = [], 0, 0
     rows = read_jsonl(a.data) if a.data else classroom_rows(a)
-    while some := [(*dialogue(row, a, where), where, row.get("kind")) for where, row in batch_of(rows, 1000)]:
+    while some := [(*dialogue(row, a, where), where, row.get("kind")) for where, row in islice(rows, 1000)]:
         turns, responses, wheres, kinds = zip(*some)
         prompts = encode_prompts(tokenizer, turns, wheres)
         answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
@@ -349,7 +350,8 @@ def read_jsonl(path):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     row = json.loads(text)
-                    json.dumps(row, ensure_ascii=False).encode()   # half a surrogate pair is no text
+                    if "\\u" in text:
+                        json.dumps(row, ensure_ascii=False).encode()   # half a surrogate pair is no text
             except UnicodeError:
                 raise UserError(f"{where}: not valid UTF-8; save the file as UTF-8") from None
             except (ValueError, RecursionError) as error:
@@ -358,10 +360,6 @@ def read_jsonl(path):
                 raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
             if text:
                 yield where, row
-
-
-def batch_of(iterator, n):
-    return [item for _, item in zip(range(n), iterator)]
 
 
 def dialogue(row, a, where):
@@ -486,10 +484,10 @@ def start_processes():
         # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
         store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(hours=2))   # some wait while others sample
+                                world_size=world, timeout=timedelta(hours=2))   # some wait, others sample
     if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # kept graphs and passing blocks would share glibc's heap and riddle it with holes: give blocks of 4 MiB and
-        # more pages of their own (M_MMAP_THRESHOLD), and return the heap's end in large pieces (M_TRIM_THRESHOLD)
+        # Kept graphs and passing blocks would riddle glibc's heap with holes. Give blocks of 4 MiB and more
+        # pages of their own (M_MMAP_THRESHOLD); return the heap's end in large pieces (M_TRIM_THRESHOLD).
         libc.mallopt(-3, 4 << 20), libc.mallopt(-1, 512 << 20)
     warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name is new in torch 2.13
     transformers.logging.set_verbosity_error()
@@ -537,7 +535,7 @@ class Stop:
 
     torchrun repeats the signal to its workers, so one within two seconds of the first is the same one.
     """
-    signal, since = 0, 0.0
+    received, since = 0, 0.0                                   # the signal's number
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -545,11 +543,11 @@ class Stop:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.signal = 0
+        self.received = 0
 
     def handle(self, number, _):
-        if not self.signal:
-            self.signal, self.since = number, time.monotonic()
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
@@ -642,14 +640,13 @@ def start_files(run):
     """Write args.json; drop what the logs say of steps after the checkpoint: these will be run again."""
     write_whole(Path(run.args.out, "args.json"), json.dumps(vars(run.args), indent=1) + "\n")
     for path in (Path(run.args.out, name) for name in ("log.jsonl", "rewrites.jsonl")):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step]
-        write_whole(path, "".join(whole))
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []   # the last one may be cut
+        write_whole(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step))
 
 
 def write_whole(path, text):
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
+    draft.write_text(text, "utf-8")
     os.replace(draft, path)
 
 
@@ -744,7 +741,7 @@ def describe(run, cut, dropped, off, world, device):
                       if getattr(a, flag.replace("-", "_")) is not None)
     lines = [f"{a.method}: {n:,} examples ({cut:,} cut at {a.max_length} tokens, {dropped:,} without room)",
              f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {device.type} x {world}",
-             f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,} and leaves {n % a.batch_size} out",
+             f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,}, {n % a.batch_size} left out",
              f"in force: {values}",
              "rewriting: " + (f"can happen after {len(useful)} steps ({at})" if useful else f"can't, {why}")]
     if off:
@@ -759,8 +756,9 @@ def describe(run, cut, dropped, off, world, device):
 def report(run):
     """What happened, from the files of the run; by kind where kinds are known."""
     out = run.args.out
-    log, rewrites = ([json.loads(line) for line in Path(out, name).read_text().splitlines()]
-                     for name in ("log.jsonl", "rewrites.jsonl"))
+    log, rewrites = (
+        [row for _, row in read_jsonl(Path(out, name))] for name in ("log.jsonl", "rewrites.jsonl"))
+
     def mean(kind, name, rows):
         seen = [row["kinds"][kind] for row in rows if kind in row["kinds"]]
         return sum(k["n"] * k[name] for k in seen) / sum(k["n"] for k in seen) if seen else math.nan
@@ -942,7 +940,8 @@ def prepare(a, device, world):
     lm, off = load_model(source, torch.float64 if a.dtype == "float64" else torch.float32, device)
     check_sizes(a, examples, lm, world)
     if a.gradient_checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False})
+        old_name = lm.gradient_checkpointing_enable             # until transformers 5.2x
+        getattr(lm, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
     tracker = cadft.CompatibilityEMA(len(examples), a.ema_decay)
     run = Run(a, lm, tokenizer, examples, content.hexdigest(), optimizer, tracker, {})
