@@ -24,6 +24,7 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from array import array
@@ -742,7 +743,7 @@ def describe(run, cut, dropped, off, world, device):
     lines = [f"{a.method}: {n:,} examples ({cut:,} cut at {a.max_length} tokens, {dropped:,} without room)",
              f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {device.type} x {world}",
              f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,}, {n % a.batch_size} left out",
-             f"in force: {values}",
+             textwrap.fill(f"in force: {values}", width=108, subsequent_indent="  "),
              "rewriting: " + (f"can happen after {len(useful)} steps ({at})" if useful else f"can't, {why}")]
     if off:
         lines.append(f"dropout set to 0: {', '.join(off)}")
