@@ -720,6 +720,15 @@ def test_a_signal_finishes_the_step_and_resume_continues_to_the_bit(made, tmp_pa
     assert "finished" in capsys.readouterr().out
 
 
+def test_what_the_logs_say_of_lost_steps_is_dropped_and_the_rest_kept(tmp_path):
+    lines = [json.dumps({"step": step, "old": "\u2028 \u4e2d"}, ensure_ascii=False) + "\n" for step in (1, 2, 3)]
+    (tmp_path / "rewrites.jsonl").write_text("".join(lines) + lines[0][:9], "utf-8")       # the last write was cut
+    a = train.parse(["--out", str(tmp_path)])
+    train.start_files(train.Run(a, None, None, [], "", None, None, {}, step=2))
+    assert (tmp_path / "rewrites.jsonl").read_text("utf-8") == "".join(lines[:2])
+    assert json.loads((tmp_path / "args.json").read_text())["beta"] == 1.0
+
+
 def test_resume_refuses_another_run_and_names_what_differs(made, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     stop_at(monkeypatch, 3)

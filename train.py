@@ -33,7 +33,9 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-if "RANK" in os.environ:            # read when torch is imported: threads of several processes must not spin
+# read by torch: large pages for large blocks (fewer page faults); threads of several processes must not spin
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if "RANK" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.distributed as dist
@@ -743,7 +745,7 @@ def describe(run, cut, dropped, off, world, device):
     lines = [f"{a.method}: {n:,} examples ({cut:,} cut at {a.max_length} tokens, {dropped:,} without room)",
              f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {device.type} x {world}",
              f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,}, {n % a.batch_size} left out",
-             textwrap.fill(f"in force: {values}", width=108, subsequent_indent="  "),
+             textwrap.fill(f"in force: {values}", 108, subsequent_indent="  ", break_on_hyphens=False),
              "rewriting: " + (f"can happen after {len(useful)} steps ({at})" if useful else f"can't, {why}")]
     if off:
         lines.append(f"dropout set to 0: {', '.join(off)}")
