@@ -721,8 +721,8 @@ def test_a_signal_finishes_the_step_and_resume_continues_to_the_bit(made, tmp_pa
 
 
 def test_what_the_logs_say_of_lost_steps_is_dropped_and_the_rest_kept(tmp_path):
-    lines = [json.dumps({"step": step, "old": "\u2028 \u4e2d"}, ensure_ascii=False) + "\n" for step in (1, 2, 3)]
-    (tmp_path / "rewrites.jsonl").write_text("".join(lines) + lines[0][:9], "utf-8")       # the last write was cut
+    lines = [json.dumps({"step": n, "old": "\u2028 \u4e2d"}, ensure_ascii=False) + "\n" for n in (1, 2, 3)]
+    (tmp_path / "rewrites.jsonl").write_text("".join(lines) + lines[0][:9], "utf-8")   # the last one was cut
     a = train.parse(["--out", str(tmp_path)])
     train.start_files(train.Run(a, None, None, [], "", None, None, {}, step=2))
     assert (tmp_path / "rewrites.jsonl").read_text("utf-8") == "".join(lines[:2])
