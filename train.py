@@ -943,7 +943,7 @@ def prepare(a, device, world):
     lm, off = load_model(source, torch.float64 if a.dtype == "float64" else torch.float32, device)
     check_sizes(a, examples, lm, world)
     if a.gradient_checkpointing:
-        old_name = lm.gradient_checkpointing_enable             # until transformers 5.2x
+        old_name = lm.gradient_checkpointing_enable             # in transformers 5.17, say
         getattr(lm, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
     tracker = cadft.CompatibilityEMA(len(examples), a.ema_decay)
