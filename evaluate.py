@@ -267,7 +267,7 @@ def evaluate_set(run, lm, tokenizer, name, problems, a, bar):
     folder = Path(run.path if beside else Path(a.out or "out", run.path.strip("/").replace("/", "--")))
     todo, path = list(batches(prompts, a)), folder / f"eval-{name}.jsonl"
     together(sample_share, run, lm, tokenizer, problems, prompts, positions, todo, path, a, bar)
-    return train.gather_objects(together(merge, path, todo, rank0=True))[0]
+    return together(merge, path, todo, rank0=True)
 
 
 def batches(prompts, a):
@@ -525,19 +525,14 @@ def gradient_study(runs, a, device):
 
 def held_back(run, tokenizer, a, device):
     """Demonstrations as [(micro-batch of one, kind)]: of --data, or new ones like those of the run."""
+    usual = {"prompt_field": None, "response_field": None, "prompt_template": None, "max_length": 2048,
+             "seed": run.seed, "classroom_digits": 3, "incompatible": 0.4, "kinds": list(train.KINDS)}
     own = {name: value for name, value in run.args.items() if value not in (None, [])}
-    if a.data:
-        fields = {"prompt_field": None, "response_field": None, "prompt_template": None, "max_length": 2048}
-        given = {"data": a.data[0]} | ({"prompt_template": a.prompt_template} if a.prompt_template else {})
-        examples, *_ = train.load_examples(argparse.Namespace(**fields | own | given), tokenizer)
-    else:
-        usual = {"seed": run.seed, "classroom_digits": 3, "incompatible": 0.4, "kinds": list(train.KINDS)}
-        fields = argparse.Namespace(**usual | own | {"classroom_size": a.limit or 256})
-        wheres, rows = zip(*train.classroom_rows(fields, split="held back"))
-        prompts = train.encode_prompts(tokenizer, [[{"content": row["prompt"]}] for row in rows], wheres)
-        answers = tokenizer([row["response"] for row in rows], add_special_tokens=False)["input_ids"]
-        examples = [train.Example(i, prompt, answer + [tokenizer.eos_token_id], row["kind"])
-                    for i, (prompt, answer, row) in enumerate(zip(prompts, answers, rows))]
+    given = {"data": a.data[0] if a.data else None, "classroom_size": a.limit or 256}
+    given |= {"prompt_template": a.prompt_template} if a.prompt_template else {}
+    fields = argparse.Namespace(**usual | own | given)
+    rows = None if a.data else train.classroom_rows(fields, split="held back")
+    examples, *_ = train.load_examples(fields, tokenizer, rows)
     return [(train.collate([e], tokenizer, device), e.kind) for e in examples[:a.limit or 256]]
 
 

@@ -317,10 +317,10 @@ def rewrite(run, world, rank, chunk=64):
 
 # ==== 3. Data ===============================================================================================
 
-def load_examples(a, tokenizer):
-    """JSONL -> (examples, how many responses were cut at --max-length, how many rows had no room for one)."""
+def load_examples(a, tokenizer, rows=None):
+    """JSONL (or `rows` like its) -> (examples, responses cut at --max-length, rows without room for one)."""
     examples, dropped, cut = [], 0, 0
-    rows = read_jsonl(a.data) if a.data else classroom_rows(a)
+    rows = rows or (read_jsonl(a.data) if a.data else classroom_rows(a))
     while some := [(*dialogue(row, a, where), where, row.get("kind")) for where, row in islice(rows, 1000)]:
         turns, responses, wheres, kinds = zip(*some)
         prompts = encode_prompts(tokenizer, turns, wheres)
@@ -508,17 +508,18 @@ def gather_objects(value):
 
 
 def together(function, *args, rank0=False):
-    """function(*args) on every rank, or on rank 0 while others wait. What fails on one rank fails on all."""
+    """function(*args) on every rank, or on rank 0 for all of them. What fails on one rank fails on all."""
     result, error = None, None
     if not rank0 or world_and_rank()[1] == 0:
         try:
             result = function(*args)
         except UserError as caught:
             error = str(caught)
-    for error in gather_objects(error):
+    told = gather_objects((error, result if rank0 else None))
+    for error, _ in told:
         if error:
             raise UserError(error)
-    return result
+    return told[0][1] if rank0 else result
 
 
 def say(*lines):
@@ -978,7 +979,7 @@ def main(argv=None):
         world, rank = world_and_rank()
         if not a.model:
             torch.set_num_threads(THREADS)
-        if gather_objects(together(open_folder, a, device, rank0=True))[0]:
+        if together(open_folder, a, device, rank0=True):
             say(f"{a.out} holds a finished run; nothing to do")
             return 0
         run, facts = together(prepare, a, device, world)
