@@ -18,7 +18,6 @@ import weakref
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a token that is not part of the response (Hugging Face's convention)
@@ -53,9 +52,28 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512):
 
 
 def _project(head, features, targets):
-    """-log softmax(z)[targets] of a chunk's logits z, in float32 or more: bfloat16 goes up, float64 stays."""
-    z = head(features)                                                          # [chunk, V]
-    return F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
+    """-log softmax(z)[targets] of a chunk's logits z."""
+    return _CrossEntropy.apply(head(features), targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(z, y, reduction="none") in two blocks of memory: its gradient overwrites log softmax(z)."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        """z [chunk, V], y [chunk] -> [chunk], in float32 or more: bfloat16 goes up, float64 stays."""
+        log_p = z.log_softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))     # [chunk, V]
+        ctx.save_for_backward(log_p, y)
+        ctx.dtype = z.dtype
+        return -log_p.gather(1, y[:, None]).squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """d(-log p_y)/dz = softmax(z) - onehot(y)."""
+        (log_p, y), grad = ctx.saved_tensors, grad[:, None]
+        dz = log_p.exp_().mul_(grad).scatter_add_(1, y[:, None], -grad)                 # [chunk, V]
+        return dz.to(ctx.dtype), None
 
 
 _PLAIN = weakref.WeakKeyDictionary()  # model -> answer of plain_head, found once

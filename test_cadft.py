@@ -24,6 +24,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cadft
@@ -145,6 +147,25 @@ def test_nll_dtypes_bfloat16_goes_up_float64_stays():
         assert cadft.token_nll(tiny().to(dtype), ids, seen, labels)[0].dtype == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert cadft.token_nll(tiny(), ids, seen, labels)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", (4, 16))
+def test_no_tensor_of_either_pass_grows_with_vocabulary_times_tokens(chunk):
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.size = max([self.size, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    lm = tiny(vocab_size=5000, hidden_size=2)
+    ids, seen, labels = some_batch([(3, 60)] * 4)
+    cadft.plain_head(lm)                                       # looks at whole logits, of 8 tokens, once
+    with Largest() as largest:
+        nll, mask = cadft.token_nll(lm, ids, seen, labels, chunk)
+        cadft.dft_loss(nll, mask).sum().backward()
+    assert largest.size == chunk * 5000                        # 240 response tokens would be 15 chunks or more
 
 
 def test_logits_altered_after_the_projection_are_taken_from_the_model():

@@ -14,7 +14,6 @@ Where this loop departs from the textbook:
 """
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -488,10 +487,6 @@ def start_processes():
         store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(hours=2))   # some wait, others sample
-    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Kept graphs and passing blocks would riddle glibc's heap with holes. Give blocks of 4 MiB and more
-        # pages of their own (M_MMAP_THRESHOLD); return the heap's end in large pieces (M_TRIM_THRESHOLD).
-        libc.mallopt(-3, 4 << 20), libc.mallopt(-1, 512 << 20)
     warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name is new in torch 2.13
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
