@@ -57,7 +57,7 @@ def _project(head, features, targets):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(z, y, reduction="none") in two blocks of memory: its gradient overwrites log softmax(z)."""
+    """F.cross_entropy(z, y, reduction="none") in two blocks of memory: its gradient overwrites log p."""
 
     @staticmethod
     def forward(ctx, z, y):
@@ -248,9 +248,11 @@ class CompatibilityEMA:
         self.mean[index], self.seen[index] = 0.0, 0
 
     def state_dict(self):
+        """decay, mean [N] and seen [N], for a checkpoint."""
         return {"decay": self.decay, "mean": self.mean.clone(), "seen": self.seen.clone()}
 
     def load_state_dict(self, state):
+        """Take over what state_dict gave. Raises ValueError when its N is another."""
         if len(state["mean"]) != len(self.mean):
             raise ValueError(f"state of {len(state['mean'])} examples does not fit {len(self.mean)}")
         self.decay, self.mean, self.seen = state["decay"], state["mean"].clone(), state["seen"].clone()
