@@ -5,7 +5,7 @@
     c_raw = 1/|y| sum_t -log p_t                compatibility           Dynamic Compatibility Evaluation
     c_hat = (c_raw - mu_B) / (sigma_B + eps)    batch_zscore            Dynamic Compatibility Evaluation
     w = exp(-beta max(0, c_hat))                compatibility_weight    Compatibility-Aware Objective
-    L_SFT, L_DFT                                sft_loss, dft_loss      DFT, the token-level objective
+    L_SFT, L_DFT (and focal, for contrast)      sft_loss, dft_loss      DFT, the token-level objective
     L_CADFT = 1/|B| sum_i w_i L_DFT,i           cadft_loss              Compatibility-Aware Objective
     moving average of c_hat                     CompatibilityEMA        Delayed Compatibility-Guided Rewriting
     y_hat ~ pi(. | x), top-p 0.9, T 0.7         nucleus_rewrite         Delayed Compatibility-Guided Rewriting
@@ -25,21 +25,22 @@ IGNORE = -100  # label of a token that is not part of the response (Hugging Face
 
 # ---- p_t: the probability of each response token ----------------------------------------------------------
 
-def token_nll(lm, input_ids, attention_mask, labels, chunk=512):
+def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
     """-log p_t of every response token; differentiable.
 
-    lm              a Hugging Face causal language model
+    lm              a Hugging Face causal language model, or a vision-language model
     input_ids       [B, T] prompt, response, padding
     attention_mask  [B, T], or None when padding stands on the right only: causal attention never sees it
     labels          [B, T] the response's token ids, IGNORE elsewhere
     chunk           response tokens whose logits, chunk x V, exist at one time (in the backward pass too)
+    more            what else the model's forward takes: pixel_values, image_grid_thw, mm_token_type_ids, ...
 
     Returns nll [B, T-1], in nats, 0 outside the response, at least float32; and mask [B, T-1], True on the
     response's tokens. Column t is about token t+1. Section: DFT, the token-level objective.
     """
     targets = labels[:, 1:]                                                     # [B, T-1]
     mask = targets != IGNORE                                                    # [B, T-1]
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
     if plain_head(lm):
         features, head = lm.base_model(**inputs).last_hidden_state, lm.get_output_embeddings()  # [B, T, H]
     else:                       # the model alters its logits after the projection: take its own, whole
@@ -84,21 +85,30 @@ def plain_head(lm):
     """True when the model's logits are its output embedding times its last hidden state, and nothing else.
 
     Soft-capping (Gemma 2) and logit scales (Cohere, Granite) are read from the config, since small logits can
-    hide them; anything else shows when the logits of a short sequence are computed both ways.
+    hide them; anything else shows when the logits of short sequences are computed both ways. Raises ValueError
+    where these show that nothing here would be right: not causal (BERT), or deaf to its attention mask (RWKV).
     """
     if lm not in _PLAIN:
         config = lm.config.get_text_config()
         settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"
         altered = any(getattr(config, name, None) not in (None, 1.0) for name in settings)
         was_training, device = lm.training, lm.get_input_embeddings().weight.device
+        ids = (torch.arange(8, device=device) % config.vocab_size).repeat(3, 1)  # [3, 8]
+        seen = torch.ones_like(ids)
+        ids[1, -1], seen[2, 0] = 1, 0           # row 1 ends otherwise, row 2 does not see its first token
+        inputs = dict(input_ids=ids, attention_mask=seen, use_cache=False)
         lm.eval()
-        ids = torch.arange(8, device=device)[None] % config.vocab_size           # [1, 8]
         with torch.autocast(device.type, enabled=False):
-            own = lm(input_ids=ids, use_cache=False).logits
-            ours = lm.get_output_embeddings()(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            own = lm(**inputs).logits                                            # [3, 8, V]
+            ours = lm.get_output_embeddings()(lm.base_model(**inputs).last_hidden_state)
         lm.train(was_training)
-        close = 8 * torch.finfo(own.dtype).eps * own.abs().max()
-        _PLAIN[lm] = not altered and own.shape == ours.shape and bool((own - ours).abs().max() <= close)
+        close = 8 * torch.finfo(own.dtype).eps * own[:2].abs().max()
+        if (own[0, :-1] - own[1, :-1]).abs().max() > close:
+            raise ValueError("not a causal language model: its logits depend on later tokens")
+        if torch.equal(own[0, -1], own[2, -1]):
+            raise ValueError("this model ignores its attention mask: padding would change its answers")
+        same = own.shape == ours.shape and bool((own - ours)[:2].abs().max() <= close)
+        _PLAIN[lm] = same and not altered
     return _PLAIN[lm]
 
 
@@ -135,9 +145,9 @@ def compatibility_weight(c_hat, beta=1.0):
     """w = exp(-beta max(0, c_hat)): 1 for samples no worse than the batch mean, less the worse they are.
 
     c_hat  [B] from batch_zscore
-    beta   >= 0; 0 gives w = 1 for all, which makes CADFT exactly DFT
+    beta   >= 0; 0 gives w = 1 for all: the loss of DFT exactly
     Returns w [B] in [0, 1], detached. Raises ValueError for a beta out of range.
-    Section: Compatibility-Aware Objective. (The opposite of Focal Loss, which raises hard samples' weight.)
+    Section: Compatibility-Aware Objective.
     """
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
@@ -164,6 +174,16 @@ def dft_loss(nll, mask):
     return _response_mean(p * nll, mask)
 
 
+def focal_loss(nll, mask, gamma=2.0):
+    """L_focal = 1/|y| sum_t -(1 - p_t)^gamma log p_t, with gradient through both factors (Lin et al., 2017).
+
+    CADFT's opposite: focal loss raises what is hard, token by token; CADFT lowers it, sample by sample.
+    nll, mask  [B, T-1] from token_nll; gamma >= 1, or 0, which is SFT. Returns [B], with gradient. Raises as
+    compatibility does.
+    """
+    return _response_mean((-torch.expm1(-nll)).pow(gamma) * nll, mask)          # 1 - p = -expm1(-nll)
+
+
 def _response_mean(x, mask):
     """Mean of x over the response tokens of each row, [B, T-1] -> [B]."""
     count = mask.sum(1)                                                         # [B]
@@ -176,13 +196,12 @@ def _response_mean(x, mask):
 def cadft_loss(loss, w):
     """L_CADFT = 1/|B| sum_i w_i L_i, divided by |B| and never by the sum of w.
 
-    loss  [B] this rank's dft_loss (or sft_loss), with gradient
+    loss  [B] this rank's dft_loss (or another), with gradient; as many rows on every rank as batch_zscore checked
     w     [B] their weights from compatibility_weight
     Returns a scalar with gradient: this rank's sum times world size / |B|, so that the average that
     DistributedDataParallel takes over ranks is the gradient of L_CADFT. w = 1 (beta = 0) is DFT exactly.
-    Raises ValueError when ranks hold different numbers of rows. Section: Compatibility-Aware Objective.
+    Section: Compatibility-Aware Objective.
     """
-    _check_equal_rows(loss)
     G = _world_size() * len(loss)                                               # |B|
     return _world_size() * (w.detach() * loss).sum() / G
 
@@ -210,20 +229,22 @@ def gather(x):
 
 # ---- Delayed Compatibility-Guided Rewriting ---------------------------------------------------------------
 
-class CompatibilityEMA:
+class CompatibilityEMA(torch.nn.Module):
     """m <- decay m + (1 - decay) c_hat for each of N examples, started at the first c_hat.
 
     Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: 0.9 would
     leave four fifths of the weight on the first value after two more visits. decay = 0 keeps the last value.
+    A module with two buffers, so that state_dict() holds its state. Raises ValueError for a decay out of range.
     Section: Delayed Compatibility-Guided Rewriting.
     """
 
     def __init__(self, n, decay=0.5):
+        super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay
-        self.mean = torch.zeros(n, dtype=torch.float64)                         # [N] 0 until seen
-        self.seen = torch.zeros(n, dtype=torch.long)                            # [N] visits, since forgotten
+        self.register_buffer("mean", torch.zeros(n, dtype=torch.float64))       # [N] 0 until seen
+        self.register_buffer("seen", torch.zeros(n, dtype=torch.long))          # [N] visits, since forgotten
 
     def update(self, index, c_hat):
         """Take in c_hat [G] of the distinct examples index [G]: the global batch, so that all ranks agree."""
@@ -247,19 +268,10 @@ class CompatibilityEMA:
         """Start example `index` anew. Paper silent: its average described a text that has been replaced."""
         self.mean[index], self.seen[index] = 0.0, 0
 
-    def state_dict(self):
-        """decay, mean [N] and seen [N], for a checkpoint."""
-        return {"decay": self.decay, "mean": self.mean.clone(), "seen": self.seen.clone()}
-
-    def load_state_dict(self, state):
-        """Take over what state_dict gave. Raises ValueError when its N is another."""
-        if len(state["mean"]) != len(self.mean):
-            raise ValueError(f"state of {len(state['mean'])} examples does not fit {len(self.mean)}")
-        self.decay, self.mean, self.seen = state["decay"], state["mean"].clone(), state["seen"].clone()
-
 
 @torch.no_grad()
-def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temperature=0.7, seed=0):
+def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temperature=0.7, seed=0,
+                    **more):
     """y_hat ~ pi(. | x), one for each prompt, by nucleus sampling and with nothing else in force.
 
     prompts         B lists of token ids
@@ -267,6 +279,7 @@ def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, tem
     max_new_tokens  length limit, the end-of-sequence token included
     temperature     0 is greedy decoding; top_p = 1 with temperature = 1 samples from the model itself
     seed            of this call alone: the caller's random state is left as it was
+    more            what else generate takes: pixel_values, suppress_tokens, ...; all [B, width] left-padded
     Returns B lists of token ids without the prompt. What ended ends with a token of eos_ids; the rest was cut
     off. Section: Delayed Compatibility-Guided Rewriting.
     """
@@ -284,7 +297,8 @@ def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, tem
             # generate would fill what `only` leaves open from the checkpoint's own settings (Qwen's, say)
             lm.generation_config = only
             out = lm.eval().generate(torch.tensor(left, device=device), generation_config=only,
-                                     attention_mask=torch.tensor(seen, device=device))  # [B, width + new]
+                                     attention_mask=torch.tensor(seen, device=device),
+                                     **only.update(**more))    # what is no setting; [B, width + new]
         finally:
             lm.generation_config = its_own
             lm.train(was_training)

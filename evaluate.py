@@ -17,8 +17,8 @@ What the numbers mean:
     number of processes changes nothing. Another --batch-size draws other samples, as another --seed would.
 """
 import argparse
+import ast
 import cmath
-import contextlib
 import json
 import math
 import operator
@@ -35,34 +35,32 @@ from pathlib import Path
 
 import train                # before torch, since it sets how torch's threads wait for each other
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import cadft
-from train import UserError, key, read_jsonl, say, together, world_and_rank
+from train import gather_objects, key, read_jsonl, say, writing
 
-ORDER = ["base", "sft", "casft", "dft", "cadft"]               # of the table's rows; other methods follow
-SHARES = ("greedy", "average_at_k")                            # the two that are compared
+ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
 POWERS = [2 ** i for i in range(14)]                           # the k of pass@k
-METRICS = (*SHARES, "pass_at_k", "cut_off", "mean_tokens")
-# flag, type, default of your own problems, of the classroom's, range, help
+# flag, value with --data, value in the classroom, allowed, help
 FLAGS = [
-    ("samples", int, 16, 16, "[0, 10000]", "answers sampled for each problem, beside the greedy one"),
-    ("temperature", float, 1.0, 1.0, "(0, inf)", "of the samples"),
-    ("top-p", float, 1.0, 1.0, "(0, 1]", "nucleus of the samples; 1 at temperature 1 is the model itself"),
-    ("max-tokens", int, 4096, 96, "[1, inf)", "length limit; what is longer is cut off, and wrong"),
-    ("batch-size", int, 64, 800, "[1, inf)", "answers that a process samples at once; changes the draw"),
-    ("seed", int, 0, 0, "[0, 1e9]", "of sampling; each run's own seed is mixed in"),
-    ("limit", int, None, None, "[1, inf)", "only so many problems of each file (or demonstrations)"),
-    ("classroom-digits", int, None, None, "[1, 6]", "of the sums, where not those that the run learned"),
-]
-TEXTS = [
-    ("prompt-template", 'wraps each question, "{prompt} Reason step by step." (the run\'s own)'),
-    ("against", "the row that the others are compared to (dft)"),
-    ("out", "folder for eval-NAME.jsonl (beside the model)"),
-    ("results", "file of the summary (results.json beside the runs)"),
-    ("grade", "a JSONL file with response and reference: grade these, sample nothing"),
-    ("plot", "FILE.png: draw compatibility, weights, gradient norm and accuracy"),
+    ("data", [], [], None, "JSONL files of problems"),
+    ("samples", 16, 16, (0, 10_000), "answers sampled for each problem, beside the greedy one"),
+    ("temperature", 1.0, 1.0, (0.001, 1000.0), "of the samples"),
+    ("top-p", 1.0, 1.0, (0.001, 1.0), "nucleus of the samples; 1 at temperature 1 is the model itself"),
+    ("max-tokens", 4096, 96, (1, train.MANY), "length limit; what is longer is cut off, and wrong"),
+    ("batch-size", 64, 800, (1, train.MANY), "answers that a process samples at once; changes the draw"),
+    ("seed", 0, 0, (0, 10 ** 9), "of sampling; each run's own seed is mixed in"),
+    ("limit", 0, 0, (0, train.MANY), "only so many problems of each file (or demonstrations); 0: all"),
+    ("classroom-digits", 0, 0, [0, 2, 3, 4, 5, 6], "of the sums; 0: as many as the run learned"),
+    ("prompt-template", "", "", None, 'wraps each question: "{prompt} Reason step by step." (the run\'s own)'),
+    ("against", "dft", "dft", None, "the row that the others are compared to"),
+    ("out", "", "", None, "folder for eval-NAME.jsonl (beside the model)"),
+    ("results", "", "", None, "file of the summary (results.json beside the runs)"),
+    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 on CUDA, else float32)"),
+    ("grade", "", "", None, "a JSONL file with response and reference: grade these, sample nothing"),
+    ("gradients", False, False, None, "study gradients, sample nothing"),
+    ("plot", "", "", None, "FILE.png: draw compatibility, weights, gradient norm and accuracy"),
 ]
 
 
@@ -77,282 +75,188 @@ class Candidate:
     label: str = ""                                 # of its row: the method and what differs
 
 
-@dataclass(slots=True)
-class Problem:
-    question: str
-    reference: str
-    where: str                                      # file and line
+# ==== 1. From runs to a table ===============================================================================
 
-
-# ==== 1. From runs to a table ==============================================================================
-
-def main(argv=None):
-    """Run evaluate.py with these arguments; returns the exit code (0, or 2 for a mistake in the input)."""
-    try:
-        a, device = parse(argv), train.start_processes()
-        if not a.data:
-            torch.set_num_threads(train.THREADS)               # the last digits depend on it
-        if a.gradients:
-            gradient_study(find_runs(a), a, device)
-            return 0
-        results = grade_file(a.grade) if a.grade else evaluate(find_runs(a), a, device)
-        if world_and_rank()[1] == 0:
-            report(results, a)
-        return 0
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+@train.guarded
+def main(argv):
+    """evaluate.py: sample and grade what is named, print the table, write results.json."""
+    a = parse(argv)
+    a.world, a.rank = train.join()
+    if a.gradients:
+        return gradient_study(find_runs(a), a)
+    results = grade_file(a.grade) if a.grade else evaluate(find_runs(a), a)
+    if a.rank == 0:
+        rows = compare(results, a.against)
+        say(*table(rows, a.against))
+        if a.results or not a.grade:
+            runs = [{name: r[name] for name in r if name != "each"} for r in results]
+            write_results(a, runs=runs, rows=rows)
+        if a.plot:
+            draw(a.plot, rows, results)
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders or hub names, before all flags")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="JSONL files of problems")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="bfloat16 on CUDA")
-    parser.add_argument("--gradients", action="store_true", help="study gradients, sample nothing")
-    for flag, text in TEXTS:
-        parser.add_argument("--" + flag, help=text)
-    for flag, type_, own, classroom, interval, text in FLAGS:
-        usual = "" if own is None else f"{own}; " if own == classroom else f"{own}; classroom {classroom}; "
-        parser.add_argument("--" + flag, type=type_, metavar=type_.__name__.upper(),
-                            help=f"{text} ({usual}range {interval})")
-    a = parser.parse_args(argv)
-    for flag, _, own, classroom, interval, _ in FLAGS:
-        name = flag.replace("-", "_")
-        if getattr(a, name) is None:
-            setattr(a, name, own if a.data else classroom)
-        elif not train.within(getattr(a, name), interval):
-            raise UserError(f"--{flag} must lie in {interval}, got {getattr(a, name)}")
+    """The arguments; what can't be right is said before the work."""
+    a, given = train.read_flags(argv, FLAGS, __doc__, "data", runs=True)
     if "{prompt}" not in (a.prompt_template or "{prompt}"):
-        raise UserError("--prompt-template has no {prompt} in it: the question would be lost")
+        sys.exit("--prompt-template has no {prompt} in it: the question would be lost")
     if len({Path(path).stem for path in a.data}) < len(a.data):
-        raise UserError("--data: two files of one name; their results would overwrite each other")
+        sys.exit("--data: two files of one name; their results would overwrite each other")
+    if a.grade and a.runs:
+        sys.exit(f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
     if a.plot:
-        pyplot()                                               # if it is missing, say so before the work
-    a.dtype = a.dtype or ("bfloat16" if torch.cuda.is_available() and not a.gradients else "float32")
+        pyplot()
+    if not a.data:
+        torch.set_num_threads(train.THREADS)                   # the last digits depend on it
+    a.against_given = "against" in given
+    a.dtype = a.dtype or ("bfloat16" if train.CUDA and not a.gradients else "float32")
     return a
 
 
 def find_runs(a):
-    """The candidates named, or all finished runs under out/, base models included."""
-    paths = a.runs or sorted(str(config.parent) for config in Path("out").glob("*/config.json"))
+    """The candidates named, or all finished runs under out/, base models included; each with its row's label:
+    the method and, where runs of it differ in more than the seed, in what."""
+    found = (str(path.parent) for path in Path("out").glob("*/config.json") if path.parent.name[0] != ".")
+    paths = a.runs or sorted(path for path in found if train.finished(path))
     if not paths:
-        raise UserError("out/ holds no finished run: python train.py makes one; or name a folder")
-    runs = [candidate(path) for path in dict.fromkeys(map(os.path.normpath, paths))]
-    label(runs)
+        sys.exit("out/ holds no finished run: python train.py makes one; or name a folder")
+    runs, taken = [candidate(path) for path in dict.fromkeys(map(os.path.normpath, paths))], []
+    for run in runs:
+        kin = [other.args for other in runs if other.method == run.method]
+        names = sorted(set().union(*kin) - train.FREE - {"seed", "data_sha256"})
+        run.differs = {name: run.args.get(name) for name in names
+                       if any(args.get(name) != run.args.get(name) for args in kin)}
+        run.label = " ".join([run.method, *(f"{name}={value}" for name, value in run.differs.items())])
+        taken.append((run.label, run.seed))
+        again = taken.count(taken[-1])
+        run.label += f" #{again}" if again > 1 else ""         # the same run twice is no second seed
     labels = list(dict.fromkeys(run.label for run in runs))
-    if a.against not in (None, *labels):
-        raise UserError(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
+    if a.against_given and a.against not in labels:
+        sys.exit(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
     return runs
 
 
 def candidate(path):
-    """What a folder says about the run in it. Raises UserError when there is no model."""
+    """What a folder says about the run in it."""
     folder, args = Path(path), {}
     hub = len(folder.parts) == 1 or len(folder.parts) == 2 and not folder.parent.is_dir()      # owner/name
     if not folder.is_dir() and (folder.exists() or not hub):
-        raise UserError(f"{path}: no such folder; name that of a run, or a hub name")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{path}: no model there (no config.json); train.py --resume finishes a run")
+        sys.exit(f"{path}: no such folder; name that of a run, or a hub name")
+    if folder.is_dir() and not train.finished(folder):
+        sys.exit(f"{path}: no finished model there (no config.json, or a checkpoint): train.py --resume finishes a run")
     if (folder / "args.json").exists():
         try:
-            args = dict(json.loads((folder / "args.json").read_text()))
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"{path}/args.json: not readable ({train.first_line(error)})") from None
+            args = dict(json.loads((folder / "args.json").read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            sys.exit(f"{path}/args.json: not readable ({error})")
     base = re.fullmatch(r"base-seed([0-9]+)", folder.name)
-    return Candidate(path, "base" if base else args.get("method", path),
-                     int(base[1]) if base else args.get("seed"), args)
+    return Candidate(path, "base" if base else str(args.get("method", path)), int(base[1]) if base else args.get("seed"),
+                     args)
 
 
-def label(runs):
-    """Name each run's row: the method and, where runs of it differ in more than the seed, in what."""
-    taken = {}
-    for run in runs:
-        kin = [other.args for other in runs if other.method == run.method]
-        names = sorted(set().union(*kin) - train.FREE - {"seed"})
-        run.differs = {name: run.args.get(name) for name in names
-                       if any(args.get(name) != run.args.get(name) for args in kin)}
-        run.label = " ".join([run.method, *(f"{name}={value}" for name, value in run.differs.items())])
-        again = taken[run.label, run.seed] = taken.get((run.label, run.seed), 0) + 1
-        run.label += f" #{again}" if again > 1 else ""         # the same run twice is no second seed
-
-
-def evaluate(runs, a, device):
+def evaluate(runs, a):
     """Sample and grade every run on every set of problems. Returns a list of results, on every rank."""
     files = {Path(path).stem: load_problems(path, a.limit) for path in a.data}
     sets = [files or classroom_problems(run, a) for run in runs]
     total, results = sum(len(some) * (1 + a.samples) for each in sets for some in each.values()), []
-    with tqdm(total=total, unit="answer", disable=None if world_and_rank()[1] == 0 else True) as bar:
+    with tqdm(total=total, unit="answer", disable=a.rank > 0 or None) as bar:
         for run, each in zip(runs, sets):
             bar.set_description(run.path)
-            lm, tokenizer = together(load, run, a, device)
-            done = [result(run, name, evaluate_set(run, lm, tokenizer, name, some, a, bar))
+            lm, tokenizer, _ = train.load_model(run.path, getattr(torch, a.dtype))
+            done = [result(run, name, count(answers(run, lm.eval(), tokenizer, name, some, a, bar)))
                     for name, some in each.items()]
             results += done + ([average_of_files(run, done)] if len(done) > 1 else [])
             del lm                                             # before the next one comes
     return results
 
 
-def load(run, a, device):
-    lm, _ = train.load_model(run.path, getattr(torch, a.dtype), device)
-    return lm.eval(), train.load_tokenizer(run.path)
+# ==== 2. Sampling ===========================================================================================
 
-
-def result(run, data, counted):
-    numbers, per_problem = counted
-    return {"run": run.path, "label": run.label, "method": run.method, "seed": run.seed,
-            "differs": run.differs, "data": data, "numbers": numbers, "per_problem": per_problem}
-
-
-def average_of_files(run, results):
-    """The plain mean over files, as in the paper's table, and its standard error."""
-    each = [r["numbers"] for r in results]
-    numbers = {name: fold([n[name] for n in each], mean) for name in METRICS}
-    errors = fold([n["standard_error"] for n in each], lambda some: math.hypot(*some) / len(some))
-    numbers |= {"problems": sum(n["problems"] for n in each), "samples": each[0]["samples"],
-                "standard_error": errors}
-    return result(run, f"average of {len(each)} files", (numbers, None))
-
-
-def report(results, a):
-    """Print the table, write results.json, draw."""
-    against = a.against or "dft"
-    rows = compare(results, against)
-    say(*table(rows, against))
-    if a.results or not a.grade:
-        runs = [{name: value for name, value in r.items() if name != "per_problem"} for r in results]
-        write_results(a, settings={name: getattr(a, name) for name in vars(a) if name != "gradients"},
-                      runs=runs, rows=rows)
-    if a.plot:
-        draw(a.plot, rows, results)
-
-
-def write_results(a, **parts):
-    """Put these parts into results.json; what else is in it stays."""
-    beside = Path(a.runs[0]).parent if a.runs and os.path.isdir(a.runs[0]) else Path(a.out or "out")
-    path = Path(a.results or beside / "results.json")
-    with writing(path, "--results"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() else {}
-        train.write_whole(path, json.dumps(dict(old) | parts, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def writing(path, flag):
-    """What goes wrong with a file in here becomes a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: can't be written ({train.first_line(error)}); see {flag}") from None
-
-
-# ==== 2. Sampling ==========================================================================================
-
-def evaluate_set(run, lm, tokenizer, name, problems, a, bar):
-    """Sample and grade one set of problems into eval-NAME.jsonl. Returns count's numbers, on every rank."""
-    template = a.prompt_template or run.args.get("prompt_template")
-    turns = [train.wrap([{"role": "user", "content": problem.question}], template) for problem in problems]
-    prompts = train.encode_prompts(tokenizer, turns, [problem.where for problem in problems])
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+def answers(run, lm, tokenizer, name, problems, a, bar):
+    """Sample and grade one set of problems. Writes eval-NAME.jsonl and returns its rows, on every rank."""
+    template = a.prompt_template or run.args.get("prompt_template") or "{prompt}"
+    turns = [[train.wrap({"role": "user", "content": p["question"]}, template)] for p in problems]
+    prompts = train.encode_prompts(tokenizer, turns, [p["where"] for p in problems])
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or train.MANY
     for prompt, problem in zip(prompts, problems):
         if not 0 < len(prompt) < positions:
-            raise UserError(f"{problem.where}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
-    beside = not a.out and os.path.isdir(run.path) and os.access(run.path, os.W_OK)
-    folder = Path(run.path if beside else Path(a.out or "out", run.path.strip("/").replace("/", "--")))
-    todo, path = list(batches(prompts, a)), folder / f"eval-{name}.jsonl"
-    together(sample_share, run, lm, tokenizer, problems, prompts, positions, todo, path, a, bar)
-    return together(merge, path, todo, rank0=True)
+            sys.exit(f"{problem['where']}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
+    rows, stops = {}, train.eos_ids(lm, tokenizer)
+    for number, (greedy, pairs) in enumerate(batches(prompts, a)):
+        if number % a.world == a.rank:                         # every world-th batch is this rank's
+            some = [prompts[i] for i, _ in pairs]
+            limit = min(a.max_tokens, positions - max(map(len, some)))
+            texts = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, 0.0 if greedy else a.temperature,
+                                          key(a.seed, run.seed, number))
+            rows[number] = [row_of(problems[i], ids, stops, tokenizer) | {"problem": i, "sample": sample}
+                            for (i, sample), ids in zip(pairs, texts)]
+        bar.update(len(pairs))
+    parts = {number: some for part in gather_objects(rows) for number, some in part.items()}
+    rows = [row for number in sorted(parts) for row in parts[number]]
+    if a.rank == 0:
+        beside = not a.out and os.path.isdir(run.path) and os.access(run.path, os.W_OK)
+        write_rows(Path(run.path if beside else Path(a.out or "out", run.path.strip("/").replace("/", "--"))), name, rows)
+    return rows
 
 
 def batches(prompts, a):
     """Yield (greedy, [(problem, sample), ...]); longest prompts first: lack of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    for greedy, samples in (True, 1), (False, a.samples):
-        pairs = ((i, sample) for i in order for sample in range(samples))
+    for greedy, samples in (True, ["greedy"]), (False, range(a.samples)):
+        pairs = ((i, sample) for i in order for sample in samples)
         while some := list(islice(pairs, a.batch_size)):
             yield greedy, some
 
 
-def sample_share(run, lm, tokenizer, problems, prompts, positions, todo, path, a, bar):
-    """Every world-th batch is this rank's; it is graded and goes to the rank's part of the file at once."""
-    (world, rank), stops = world_and_rank(), train.eos_ids(lm, tokenizer)
-    with writing(path, "--out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path, "--out"), open(f"{path}.part{rank}", "w", encoding="utf-8") as file:
-        for number in range(rank, len(todo), world):
-            greedy, pairs = todo[number]
-            some = [prompts[i] for i, _ in pairs]
-            limit = min(a.max_tokens, positions - max(map(len, some)))
-            temperature, seed = 0.0 if greedy else a.temperature, key(a.seed, run.seed, number)
-            try:
-                answers = cadft.nucleus_rewrite(lm, some, stops, train.pad_id(tokenizer), limit, a.top_p,
-                                                temperature, seed)
-            except torch.OutOfMemoryError:
-                raise UserError(f"{run.path}: out of memory; lower --batch-size {a.batch_size}") from None
-            for (i, sample), ids in zip(pairs, answers):
-                row = {"problem": i, "sample": "greedy" if greedy else sample}
-                row |= graded(problems[i], ids, stops, tokenizer, classroom=not a.data)
-                print(json.dumps(row, ensure_ascii=False), file=file)
-            file.flush()
-            bar.update(sum(len(pairs) for _, pairs in todo[number:number + world]))    # other ranks' too
-
-
-def graded(problem, ids, stops, tokenizer, classroom):
+def row_of(problem, ids, stops, tokenizer):
     """One answer as a row of eval-NAME.jsonl."""
     finished = ids[-1] in stops
-    row = {"question": problem.question, "reference": problem.reference, "finished": finished,
-           "response": tokenizer.decode(ids[:-1] if finished else ids), "tokens": len(ids),
-           "grader": "sum" if classroom else "answer"}
+    row = {name: problem[name] for name in ("question", "reference", "grader")}
+    row |= {"response": tokenizer.decode(ids[:-1] if finished else ids), "tokens": len(ids), "finished": finished}
     return row | {"correct": grade(row)}
 
 
 def grade(row):
-    """Whether a row's response is finished and right: a sum by its whole text, others by their answer."""
+    """Whether a row's response is finished and right: by another program's verdict (`passed`), a sum by its
+    whole text, others by the answer they end with."""
+    if "passed" in row:
+        return row["passed"] is True
     right = train.is_sum if row.get("grader") == "sum" else is_correct
     return row.get("finished") is not False and right(row["response"], row["reference"])
 
 
-def merge(path, todo):
-    """Put all ranks' parts together, batch after batch: the same file for any number of ranks. Counts it."""
-    draft = path.with_name(path.name + ".tmp")
-    with writing(path, "--out"), contextlib.ExitStack() as stack:
-        out = stack.enter_context(open(draft, "wb"))
-        parts = [stack.enter_context(open(f"{path}.part{rank}", "rb"))
-                 for rank in range(world_and_rank()[0])]
-        for number, (_, pairs) in enumerate(todo):
-            out.writelines(islice(parts[number % len(parts)], len(pairs)))
-    os.replace(draft, path)
-    for part in parts:
-        os.remove(part.name)
-    return count(row for _, row in read_jsonl(path))
+def write_rows(folder, name, rows):
+    """eval-NAME.jsonl; a larger one that is there is kept as eval-NAME.old.jsonl."""
+    path = folder / f"eval-{name}.jsonl"
+    with writing(path, "see --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if path.exists() and sum(1 for _ in open(path, "rb")) > len(rows):
+            os.replace(path, path.with_suffix(".old.jsonl"))
+            say(f"{path}: held more than these {len(rows)} answers; kept as {path.with_suffix('.old.jsonl').name}")
+        os.replace(path.with_suffix(".tmp"), path)
 
 
-# ==== 3. Problems ==========================================================================================
+# ==== 3. Problems ===========================================================================================
 
 def classroom_problems(run, a):
     """{name: problems}: held-out sums, with as many digits as in the run's demonstrations."""
     digits = a.classroom_digits or run.args.get("classroom_digits") or 3
-    some = [Problem(prompt, str(total), prompt) for prompt, total in train.test_problems(digits)]
-    return {"classroom" if digits == 3 else f"classroom-{digits}-digits": some[:a.limit]}
+    some = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum", "where": f"{x}+{y}"}
+            for x, y in train.problems(digits, 100)]
+    return {"classroom" if digits == 3 else f"classroom-{digits}-digits": some[:a.limit or None]}
 
 
-def load_problems(path, limit=None):
-    """JSONL -> problems: `question` or `problem`, and a reference. Raises UserError with file and line."""
+def load_problems(path, limit=0):
+    """JSONL -> problems: `question` or `problem`, and a reference."""
     some = []
-    for where, row in islice(read_jsonl(path), limit):
+    for where, row in islice(read_jsonl(path), limit or None):
         question = row.get("question") or row.get("problem")
         if not isinstance(question, str):
-            raise UserError(f'{where}: field "question" (or "problem") is missing or not a string')
-        some.append(Problem(question, reference_of(row, where), where))
-    if not some:
-        raise UserError(f"{path}: no problem in it")
-    return some
+            sys.exit(f'{where}: field "question" (or "problem") is missing or not a string')
+        some.append({"question": question, "reference": reference_of(row, where), "grader": "answer", "where": where})
+    return some or sys.exit(f"{path}: no problem in it")
 
 
 def reference_of(row, where):
@@ -362,51 +266,44 @@ def reference_of(row, where):
         if values and all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             return ", ".join(map(str, values))
     boxed = last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
-    if not boxed:
-        raise UserError(f'{where}: no reference in "answer", "final_answer" or a \\boxed{{}} of "solution"')
-    return boxed
+    return boxed or sys.exit(f'{where}: no reference in "answer", "final_answer" or a \\boxed{{}} of "solution"')
 
 
 def grade_file(path):
     """Grade rows with response and reference; those with one problem, question or prompt are its samples."""
-    def rows():
-        for number, (where, row) in enumerate(read_jsonl(path)):
-            if not isinstance(row.get("response"), str):
-                raise UserError(f'{where}: field "response" is missing or not a string')
-            row["reference"] = reference_of(row, where)
-            named = [row[name] for name in ("problem", "question", "prompt") if row.get(name) is not None]
-            yield row | {"problem": key(named[0]) if named else number, "correct": grade(row)}
-
+    rows = []
+    for number, (where, row) in enumerate(read_jsonl(path)):
+        if not isinstance(row.get("response"), str) or not isinstance(row.get("tokens", 0), (int, float)):
+            sys.exit(f'{where}: "response" must be a string (and "tokens", if there, a number)')
+        row["reference"] = reference_of(row, where)
+        named = [row[name] for name in ("problem", "question", "prompt") if row.get(name) is not None]
+        rows.append(row | {"problem": key(named[0]) if named else number, "correct": grade(row)})
     run = Candidate(path, Path(path).stem, None, label=Path(path).stem)
-    return [result(run, Path(path).name, count(rows()))]
+    return [result(run, Path(path).name, count(rows))] if rows else sys.exit(f"{path}: there is no answer to grade")
 
 
-# ==== 4. Numbers and comparison ============================================================================
+# ==== 4. Numbers ============================================================================================
 
 def count(rows):
-    """Rows of answers -> (numbers, {share: [accuracy of each problem]}). Shares lie in [0, 1] or are None.
+    """Rows of answers -> {metric: [one number a problem]}, nan where there is none.
 
-    numbers: problems; samples, the fewest of a problem; greedy; average_at_k; pass_at_k {k: share} for k =
-    1, 2, 4 ...; cut_off and mean_tokens of the samples (without samples, of the greedy answers);
-    standard_error of greedy and average_at_k, over problems. Raises UserError without a row.
+    Shares lie in [0, 1]: greedy, average_at_k, pass@k for k = 1, 2, 4 ..., cut_off; mean_tokens. The last two
+    are of the samples, or without any of the greedy answers.
     """
-    right, cut, tokens = ({True: {}, False: {}}, {True: [], False: []}, {True: [], False: []})
+    problems, each = {}, {}
     for row in rows:
-        greedy = row.get("sample") == "greedy"
-        right[greedy].setdefault(row["problem"], []).append(bool(row["correct"]))
-        cut[greedy].append(row.get("finished") is False)
-        tokens[greedy].append(row.get("tokens"))
-    if not right[True] and not right[False]:
-        raise UserError("there is no answer to grade")
-    cut, tokens = cut[False] or cut[True], tokens[False] or tokens[True]
-    sampled, samples = right[False].values(), min(map(len, right[False].values()), default=0)
-    each = {share: [mean(some) for _, some in sorted(right[share == "greedy"].items())] for share in SHARES}
-    return {"problems": len(right[True] | right[False]), "samples": samples,
-            **{share: mean(values) for share, values in each.items()},
-            "pass_at_k": {str(k): mean([pass_at_k(len(some), sum(some), k) for some in sampled])
-                          for k in POWERS if k <= samples},
-            "cut_off": mean(cut), "mean_tokens": None if None in tokens else mean(tokens),
-            "standard_error": {share: standard_error(values) for share, values in each.items()}}, each
+        problems.setdefault(row["problem"], ([], []))[row.get("sample") == "greedy"].append(row)
+    fewest = min(len(samples) for samples, _ in problems.values())
+    mean = lambda some: statistics.fmean(some) if some else math.nan
+    for _, (samples, greedy) in sorted(problems.items()):
+        right, told = [row["correct"] for row in samples], samples or greedy
+        numbers = {"greedy": mean([row["correct"] for row in greedy]), "average_at_k": mean(right),
+                   "cut_off": mean([row.get("finished") is False for row in told]),
+                   "mean_tokens": mean([row.get("tokens", math.nan) for row in told]), "samples": fewest}
+        numbers |= {f"pass@{k}": pass_at_k(len(right), sum(right), k) for k in POWERS if k <= fewest}
+        for name, number in numbers.items():
+            each.setdefault(name, []).append(number)
+    return each
 
 
 def pass_at_k(n, c, k):
@@ -414,53 +311,68 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def mean(values):
-    return statistics.fmean(values) if values else None
+def mean_and_error(values):
+    """(mean, its standard error s / sqrt(n)) of n numbers; nan where one is missing or there are too few."""
+    if not values or any(map(math.isnan, values)):
+        return math.nan, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
 
 
-def standard_error(values):
-    """s / sqrt(n) of the mean of n values, s their sample standard deviation; None for fewer than two."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def columns(some):
+    """{metric: (mean, standard error)} of dicts or lists: some is [{metric: number}, ...] or {metric: [number]}."""
+    if isinstance(some, list):
+        some = {name: [one[name] for one in some] for name in some[0] if all(name in one for one in some)}
+    return {name: mean_and_error(values) for name, values in some.items()}
 
 
-def fold(items, f):
-    """f of the values under each key that all these nested dicts have: fold([{"a": 1}, {"a": 3}], mean)."""
-    if isinstance(items[0], dict):
-        return {name: fold([item[name] for item in items], f) for name in items[0]
-                if all(name in item for item in items)}
-    return None if None in items else f(items)
+def result(run, data, each):
+    """What one run did on one set of problems: means, standard errors over problems, and each problem's."""
+    found = columns(each)
+    return {"run": run.path, "label": run.label, "method": run.method, "seed": run.seed, "differs": run.differs,
+            "data": data, "problems": len(each["greedy"]), "mean": {name: m for name, (m, _) in found.items()},
+            "standard_error": {name: e for name, (_, e) in found.items()}, "each": each}
+
+
+def average_of_files(run, results):
+    """The plain mean over files, as in the paper's table, and its standard error."""
+    names = set.intersection(*(set(r["mean"]) for r in results))
+    n, part = len(results), {name: [(r["mean"][name], r["standard_error"][name]) for r in results] for name in names}
+    return results[0] | {
+        "data": f"average of {n} files", "problems": sum(r["problems"] for r in results), "each": {},
+        "mean": {name: statistics.fmean(m for m, _ in pairs) for name, pairs in part.items()},
+        "standard_error": {name: math.hypot(*(e for _, e in pairs)) / n for name, pairs in part.items()}}
 
 
 def compare(results, against):
-    """A row for each label and set of problems: mean and standard error over runs; difference."""
-    groups, place = {}, {}
-    for r in results:
-        place.setdefault(r["data"], len(place))
-        rank = ORDER.index(r["method"]) if r["method"] in ORDER else len(ORDER)
-        groups.setdefault((place[r["data"]], rank, r["data"], r["label"]), []).append(r)
-    rows, found = [], {group[2:]: some for group, some in groups.items()}
-    for (_, _, data, name), some in sorted(groups.items(), key=lambda item: item[0][:2]):
-        numbers, values = some[0]["numbers"], [{m: r["numbers"][m] for m in METRICS} for r in some]
-        errors = fold(values, standard_error) if len(some) > 1 else numbers["standard_error"]
-        row = {"data": data, "label": name, "problems": numbers["problems"], "samples": numbers["samples"],
-               "seeds": [r["seed"] for r in some], "mean": fold(values, mean), "standard_error": errors}
-        if name != against and (data, against) in found:
-            row["difference"] = difference(some, found[data, against])
+    """A row for each set of problems and label: mean and standard error over seeds; paired difference."""
+    groups, rows = {}, []
+    rank = lambda r: ORDER.index(r["method"]) if r["method"] in ORDER else len(ORDER)
+    for r in sorted(results, key=rank):
+        groups.setdefault((r["data"], r["label"]), []).append(r)
+    order = list(dict.fromkeys(r["data"] for r in results))
+    for (data, label), some in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+        found = columns([r["mean"] for r in some])
+        row = {"data": data, "label": label, "problems": some[0]["problems"], "seeds": [r["seed"] for r in some],
+               "mean": {name: m for name, (m, _) in found.items()},
+               "standard_error": {name: e for name, (_, e) in found.items()} if len(some) > 1 else
+               some[0]["standard_error"]}
         rows.append(row)
+        if label != against and (data, against) in groups:
+            row["difference"] = difference(some, groups[data, against])
     return rows
 
 
 def difference(ours, theirs):
-    """Mean difference over the common seeds, with its standard error: of a single seed, over problems."""
+    """{share: (mean, standard error)} of the difference over the common seeds; of a single one, over problems."""
     theirs = {r["seed"]: r for r in theirs}
     pairs = [(r, theirs[r["seed"]]) for r in ours if r["seed"] in theirs]
     out = {"seeds": [r["seed"] for r, _ in pairs]}
-    for share in SHARES:
-        values = [tuple(r["numbers"][share] for r in pair) for pair in pairs]
-        if len(pairs) == 1 and all(r["per_problem"] for r in pairs[0]):
-            values = list(zip(*(r["per_problem"][share] for r in pairs[0])))
-        values = [x - y for x, y in values if None not in (x, y)]
-        out[share] = {"mean": mean(values), "standard_error": standard_error(values)}
+    for share in "greedy", "average_at_k":
+        values = [tuple(r["mean"][share] for r in pair) for pair in pairs]
+        if len(pairs) == 1 and all(r["each"] for r in pairs[0]):
+            values = list(zip(*(r["each"][share] for r in pairs[0])))
+        out[share] = mean_and_error([x - y for x, y in values])
     return out
 
 
@@ -469,92 +381,103 @@ def table(rows, against):
     lines = []
     for data in dict.fromkeys(row["data"] for row in rows):
         some = [row for row in rows if row["data"] == data]
-        average = f"Average@{some[0]['samples']}"
-        top = max(some[0]["mean"]["pass_at_k"], key=int, default="k")
-        cells = [["method", "greedy", average, f"pass@{top}", "cut off", "tokens", "seeds",
-                  f"greedy - {against}", f"{average} - {against}"]]
+        k = int(min(row["mean"]["samples"] for row in some))
+        top = f"pass@{max((power for power in POWERS if power <= k), default=0)}"
+        cells = [["method", "greedy", f"Average@{k}", top, "cut off", "tokens", "seeds",
+                  f"greedy - {against}", f"Average@{k} - {against}"]]
         for row in some:
-            means, error, paired = row["mean"], row["standard_error"], row.get("difference", {})
-            length = "-" if means["mean_tokens"] is None else f"{means['mean_tokens']:.1f}"
-            cells.append([row["label"], *(percent(means[share], error[share]) for share in SHARES),
-                          percent(means["pass_at_k"].get(top)), percent(means["cut_off"]), length,
-                          str(len(row["seeds"])), *(percent(*paired.get(share, {}).values(), sign="+")
-                                                    for share in SHARES)])
+            both = lambda name: (row["mean"].get(name, math.nan), row["standard_error"].get(name, math.nan))
+            paired, tokens = row.get("difference", {}), row["mean"]["mean_tokens"]
+            cells.append([row["label"], percent(*both("greedy")), percent(*both("average_at_k")),
+                          percent(both(top)[0]), percent(both("cut_off")[0]), percent(tokens / 100),
+                          str(len(row["seeds"])), *(percent(*paired.get(share, [math.nan]), sign="+")
+                                                    for share in ("greedy", "average_at_k"))])
         lines += [f"{data}: {some[0]['problems']} problems", *aligned(cells)]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
-def percent(value=None, error=None, sign=""):
-    spread = "" if error is None else f" ± {100 * error:.1f}"
-    return "-" if value is None else f"{100 * value:{sign}.1f}{spread}"
+def percent(value, error=math.nan, sign=""):
+    """Text of a share and its standard error, "-" for nan."""
+    return "-" if math.isnan(value) else f"{100 * value:{sign}.1f}" + f" ± {100 * error:.1f}" * (error == error)
 
 
 def aligned(cells):
     """Rows of cells as lines of text; columns that hold no value are left out."""
-    columns = [column for column in zip(*cells) if set(column[1:]) != {"-"}]
-    pads = [str.ljust, *[str.rjust] * (len(columns) - 1)]
-    padded = [[pad(cell, max(map(len, column))) for cell in column] for pad, column in zip(pads, columns)]
+    columns_ = [column for column in zip(*cells) if set(column[1:]) != {"-"}]
+    pads = [str.ljust, *[str.rjust] * (len(columns_) - 1)]
+    padded = [[pad(cell, max(map(len, column))) for cell in column] for pad, column in zip(pads, columns_)]
     return ["  ".join(row) for row in zip(*padded)]
 
 
-# ==== 5. Gradients =========================================================================================
+def write_results(a, **parts):
+    """Put these parts into results.json, nan as null; what else is in it stays."""
+    beside = Path(a.runs[0]).parent if a.runs and os.path.isdir(a.runs[0]) else Path(a.out or "out")
+    path = Path(a.results or beside / "results.json")
+    with writing(path, "see --results"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        text = re.sub(r"\bNaN\b", "null", json.dumps(old | {"settings": vars(a)} | parts, indent=1))
+        path.with_suffix(".tmp").write_text(text + "\n", "utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
 
-LOSSES = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}
 
+# ==== 5. Gradients ==========================================================================================
 
-def gradient_study(runs, a, device):
+def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
 
     Both are measured on held-back demonstrations; the tables (means over seeds) also go to results.json.
     """
-    if world_and_rank()[0] > 1:
-        raise UserError("--gradients runs in one process: start it without torchrun")
-    studies = {}
+    if a.world > 1:
+        sys.exit("--gradients runs in one process: start it without torchrun")
+    studies, out = {}, {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
-        lm, tokenizer = load(run, a, device)
-        found = study(lm, held_back(run, tokenizer, a, device), run.args.get("beta") or 1.0)
-        studies.setdefault(run.label, []).append((run.seed, found))
-    out = {}
+        lm, tokenizer, _ = train.load_model(run.path, getattr(torch, a.dtype))
+        examples = held_back(run, tokenizer, a)
+        studies.setdefault(run.label, []).append((run.seed, study(lm.eval(), examples, run.args.get("beta") or 1.0)))
     for name, some in studies.items():
-        seeds, each = zip(*some)
-        out[name] = {"seeds": seeds, "mean": fold(each, mean), "standard_error": fold(each, standard_error)}
-        say(f"{name}: {each[0]['samples']} held-back demonstrations, {len(seeds)} seed(s)",
-            *gradient_tables(out[name]["mean"], out[name]["standard_error"]), "")
+        seeds, found = zip(*some)
+        parts = {part: columns([one[part] for one in found]) for part in found[0]}
+        out[name] = {"seeds": seeds, **parts}
+        head = ["", *next(iter(parts.values()))]
+        say(f"{name}: {len(examples)} held-back demonstrations, {len(seeds)} seed(s); gradients of one, and of 32")
+        for head in "pearson", "second_moment":
+            some = {part: cells for part, cells in parts.items() if head in cells}
+            say(*aligned([["", *next(iter(some.values()))]] +
+                         [[part, *(f"{m:.3g}" + f" ± {e:.1g}" * (e == e) for m, e in cells.values())]
+                          for part, cells in some.items()]))
     write_results(a, gradients=out)
 
 
-def held_back(run, tokenizer, a, device):
-    """Demonstrations as [(micro-batch of one, kind)]: of --data, or new ones like those of the run."""
-    usual = {"prompt_field": None, "response_field": None, "prompt_template": None, "max_length": 2048,
-             "seed": run.seed, "classroom_digits": 3, "incompatible": 0.4, "kinds": list(train.KINDS)}
-    own = {name: value for name, value in run.args.items() if value not in (None, [])}
-    given = {"data": a.data[0] if a.data else None, "classroom_size": a.limit or 256}
-    given |= {"prompt_template": a.prompt_template} if a.prompt_template else {}
-    fields = argparse.Namespace(**usual | own | given)
-    rows = None if a.data else train.classroom_rows(fields, split="held back")
-    examples, *_ = train.load_examples(fields, tokenizer, rows)
-    return [(train.collate([e], tokenizer, device), e.kind) for e in examples[:a.limit or 256]]
+def held_back(run, tokenizer, a):
+    """Demonstrations of --data, or new ones like those of the run."""
+    usual = {row[0].replace("-", "_"): row[2] for row in train.FLAGS}
+    own = {name: value for name, value in run.args.items() if value is not None}
+    own |= {"data": a.data[0] if a.data else "", "classroom_size": a.limit or 256, "seed": run.seed}
+    own = argparse.Namespace(**usual | own)
+    rows = None if a.data else train.classroom_rows(own, split="held back")
+    examples = train.load_examples(own, tokenizer, rows)[0][:a.limit or 256]
+    if len(examples) <= 32:
+        sys.exit(f"--gradients needs more than 32 demonstrations, a batch; there are {len(examples)}")
+    return examples
 
 
 def study(lm, examples, beta):
-    """All numbers of the study for one model, as a nested dict."""
-    if len(examples) <= 32:
-        raise UserError(f"--gradients needs more than 32 demonstrations, a batch; there are {len(examples)}")
-    c_raw, gram = sample_gradients(lm, [batch for batch, _ in examples])
+    """{SFT's and DFT's gradients, and each method's batches: {what: number}} for one model."""
+    c_raw, gram = sample_gradients(lm, [train.collate([e]) for e in examples])
     c_hat = cadft.batch_zscore(c_raw)                                          # [N] over all these samples
-    norms = {loss: g.diagonal().sqrt() for loss, g in gram.items()}            # {loss: [N]}
-    kinds = {}
-    for i, (_, kind) in enumerate(examples):
-        kinds.setdefault(kind or "all", []).append(i)
-    means = lambda at: {"n": len(at)} | {
-        name: x[at].mean().item() for name, x in ({"c_raw": c_raw, "c_hat": c_hat} | norms).items()}
-    return {"samples": len(examples),
-            "correlation": {loss: {"pearson": pearson(c_hat, x), "spearman": pearson(ranks(c_hat), ranks(x))}
-                            for loss, x in norms.items()},
-            "fifths": {str(i): means(at) for i, at in enumerate(c_hat.argsort().tensor_split(5), 1)},
-            "kinds": {kind: means(at) for kind, at in sorted(kinds.items())},
-            "batch": {method: batch_gradient(gram[method[-3:]], c_raw, beta if weighted else 0.0)
-                      for method, (_, weighted) in train.METHODS.items()}}
+    out = {}
+    for name, g in gram.items():
+        norm = g.diagonal().sqrt()                                             # [N]
+        out[f"{name} norm and c_hat"] = {"pearson": pearson(c_hat, norm), "spearman": pearson(ranks(c_hat), ranks(norm))}
+    for method, (loss, weighted) in train.METHODS.items():
+        if loss in LOSSES.values():
+            name = next(name for name in LOSSES if LOSSES[name] is loss)
+            out[f"{method} batch"] = batch_gradient(gram[name], c_raw, beta if weighted else 0.0)
+    return out
+
+
+LOSSES = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}
 
 
 def sample_gradients(lm, batches):
@@ -562,8 +485,8 @@ def sample_gradients(lm, batches):
     weights = [p for p in lm.parameters() if p.requires_grad]
     size = sum(p.numel() for p in weights)
     if 4 * size * len(batches) > 4e9:
-        raise UserError(f"--gradients would keep {len(batches)} gradients of {size:,} numbers, too many; "
-                        f"with this model --limit can be {int(1e9 / size)}")
+        sys.exit(f"--gradients would keep {len(batches)} gradients of {size:,} numbers, too many; "
+                 f"with this model --limit can be {int(1e9 / size)}")
     c_raw, g = [], {name: torch.empty(len(batches), size) for name in LOSSES}
     for i, batch in enumerate(batches):
         nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
@@ -579,8 +502,8 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
 
     gram [N, N], inner products of the g_i; c_raw [N]. No sample is twice in a batch; every method gets the
     same batches. variance = E||g_B - E g_B||^2 = second_moment - mean_squared = E||g_B||^2 - ||E g_B||^2,
-    the latter from pairs of different batches, so without bias. relative_*: divided by it, since weights
-    shorten the gradient as well. Section: Compatibility-Aware Objective (the variance argument).
+    the latter from pairs of different batches, so without bias. relative_variance: divided by it, since
+    weights shorten the gradient as well. Section: Compatibility-Aware Objective (the variance argument).
     """
     draw, w = torch.Generator().manual_seed(0), torch.zeros(draws, len(c_raw), dtype=torch.float64)
     for row in w:                                              # [N] w_i / |B| for i in B, else 0
@@ -590,10 +513,11 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
     second = inner.diagonal().mean().item()
     squared = (inner.sum().item() - draws * second) / (draws * (draws - 1))
     return {"second_moment": second, "mean_squared": squared, "variance": second - squared,
-            "relative_second_moment": second / squared, "relative_variance": second / squared - 1}
+            "relative_variance": second / squared - 1}
 
 
 def pearson(x, y):
+    """The correlation of x and y [N]."""
     return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
@@ -603,74 +527,58 @@ def ranks(x):
     return (counts.cumsum(0) - (counts - 1) / 2)[which].to(x.dtype)
 
 
-def gradient_tables(means, errors):
-    """The study as lines of text."""
-    def cells(part, row):
-        m, e = means[part][row], errors[part][row] if part in ("correlation", "batch") else {}
-        return [row, *(f"{m[name]:.3g}" + (f" ± {e[name]:.1g}" if e.get(name) else "") for name in m)]
-
-    lines = []
-    for part, title in [("correlation", "gradient norm and c_hat"), ("fifths", "fifth of samples by c_hat"),
-                        ("kinds", "kind"), ("batch", "gradient of 32 samples")]:
-        head = [title, *(name.replace("_", " ") for name in next(iter(means[part].values())))]
-        lines += aligned([[name + " norm" if name in LOSSES else name for name in head],
-                          *(cells(part, name) for name in means[part])])
-    return lines
-
-
-# ==== 6. Pictures ==========================================================================================
+# ==== 6. The picture ========================================================================================
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito's
 
 
 def pyplot():
+    """matplotlib's, without a window."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")                                      # no window
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     return plt
 
 
 def draw(path, rows, results):
-    """c_raw and w by kind, gradient norm, accuracy: means over the runs of each row."""
+    """Four panels, means over the runs of each row: c_raw and w by kind of the last method that has kinds,
+    gradient norm of each method, accuracy."""
     plt, rows = pyplot(), [row for row in rows if row["data"] == rows[0]["data"]]
     plt.rcParams.update({"font.size": 17, "lines.linewidth": 3})
-    figure, ((compatibility, weights), (norms, accuracy)) = plt.subplots(2, 2, figsize=(18, 12),
-                                                                         layout="constrained")
-    logs = {row["label"]: read_logs(results, row) for row in rows}
-    logs = {name: some for name, some in logs.items() if some}
-    kinds = {name: {kind for log in some for line in log for kind in line["kinds"]}
-             for name, some in logs.items()}
-    if any(kinds.values()):
-        name = "cadft" if kinds.get("cadft") else [name for name in kinds if kinds[name]][-1]
-        for axis, value, unit in (compatibility, "c_raw", "nats per token"), (weights, "w", "mean w"):
-            curves(axis, {kind: running_mean(logs[name], lambda line: line["kinds"].get(kind, {}), value)
-                          for kind in sorted(kinds[name])}, f"{name}: {value} by kind", unit)
-    if logs:
-        lines = {name: running_mean(some, lambda line: line, "grad_norm") for name, some in logs.items()}
-        curves(norms, lines, "Gradient norm, before clipping", "norm")
-    bars(accuracy, rows)
-    with writing(path, "--plot"):
+    figure, ((left, right), (norms, accuracy)) = plt.subplots(2, 2, figsize=(18, 12), layout="constrained")
+    logs = {}
+    for r in results:
+        log = Path(r["run"], "log.jsonl")
+        if r["data"] == rows[0]["data"] and r["method"] != "base" and log.exists() and log.stat().st_size:
+            logs.setdefault(r["label"], []).append([row for _, row in read_jsonl(log)])
+    kinds = {name: sorted({kind for log in some for line in log for kind in line["kinds"]}) for name, some in logs.items()}
+    name = next((name for name in reversed(list(logs)) if kinds[name]), None)
+    for axis, value, unit in (left, "c_raw", "nats per token"), (right, "w", "mean w"):
+        curves(axis, {kind: smooth(logs[name], lambda line: line["kinds"].get(kind, {}), value)
+                      for kind in (kinds[name] if name else [])}, f"{name}: {value} by kind", unit)
+    curves(norms, {name: smooth(some, dict, "grad_norm") for name, some in logs.items()}, "Gradient norm", "norm")
+    for side, share, colour in (-0.2, "greedy", COLOURS[5]), (0.2, "average_at_k", COLOURS[0]):
+        at, means = [i + side for i in range(len(rows))], [100 * row["mean"][share] for row in rows]
+        errors = [100 * row["standard_error"][share] for row in rows]
+        accuracy.bar(at, means, 0.38, color=colour, yerr=errors, capsize=6, label=share.replace("_", " "))
+    accuracy.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
+    accuracy.set(title="Accuracy, with standard errors", ylabel="correct (%)")
+    accuracy.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+    with writing(path, "see --plot"):
         figure.savefig(path, dpi=100)
 
 
-def read_logs(results, row):
-    paths = [Path(r["run"], "log.jsonl") for r in results
-             if (r["data"], r["label"]) == (row["data"], row["label"])]
-    return [[line for _, line in read_jsonl(path)] for path in paths if path.exists()]
-
-
-def running_mean(logs, part, value):
-    """[S] mean of part(line)[value] over runs and an epoch (at most a tenth of the run) around each step."""
-    steps = min(map(len, logs))
-    width = min(sum(line["epoch"] == 1 for line in logs[0]), steps // 10) | 1      # odd: centred
-    box, sums = torch.ones(1, 1, width, dtype=torch.float64), []
-    for number in (lambda p: p.get("n", 1) * p[value] if p else 0.0), (lambda p: p.get("n", 1) if p else 0):
-        x = torch.tensor([[number(part(line)) for line in log[:steps]] for log in logs]).double().sum(0)
-        sums.append(torch.nn.functional.conv1d(x[None, None], box, padding="same")[0, 0])
-    return (sums[0] / sums[1]).tolist()                        # nan where there was none
+def smooth(logs, part, value):
+    """[S] mean of part(line)[value] over runs and the fifteen steps around each step; nan where there was none."""
+    steps, out = min(map(len, logs)), []
+    for t in range(steps):
+        near = [part(line) for log in logs for line in log[max(0, t - 7):t + 8]]
+        n = sum(one.get("n", 1) for one in near if value in one)
+        out.append(sum(one.get("n", 1) * one[value] for one in near if value in one) / n if n else math.nan)
+    return out
 
 
 def curves(axis, lines, title, unit):
@@ -678,28 +586,10 @@ def curves(axis, lines, title, unit):
     for colour, (name, values) in zip(COLOURS * len(lines), lines.items()):
         axis.plot(range(1, len(values) + 1), values, color=colour, label=name)
     axis.set(title=title, xlabel="optimizer step", ylabel=unit, ylim=(0, None))
-    top, at, ceiling = axis.get_ylim()[1], [-1.0], 1.0
-    last = lambda line: [y for y in line.get_ydata() if y == y][-1] / top
-    ends = sorted(axis.get_lines(), key=last)
-    for line in ends:
-        at.append(max(at[-1] + 0.065, last(line)))
-    for line, height in zip(ends[::-1], at[::-1]):
-        ceiling = min(ceiling, height) - 0.065
-        axis.text(1.01, ceiling + 0.065, line.get_label(), color=line.get_color(), transform=axis.transAxes,
-                  va="center")
-
-
-def bars(axis, rows):
-    """Greedy and Average@k of each row, in percent, with standard errors."""
-    names = "greedy", f"Average@{rows[0]['samples']}"
-    for side, colour, share, name in zip((-0.2, 0.2), COLOURS[5::-5], SHARES, names):
-        for i, row in enumerate(rows):
-            m, e = row["mean"][share], row["standard_error"][share]
-            axis.bar(i + side, 100 * (m or 0), 0.38, color=colour, yerr=100 * (e or 0), capsize=6,
-                     error_kw={"elinewidth": 2.5}, label=None if i else name)
-    axis.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
-    axis.set(title="Accuracy, with standard errors", ylabel="correct (%)")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+    top, at = axis.get_ylim()[1], -1.0
+    for line in sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1]):
+        at = max(at + 0.065, line.get_ydata()[-1] / top)
+        axis.text(1.01, at, line.get_label(), color=line.get_color(), transform=axis.transAxes, va="center")
 
 
 # ==== 7. Grading ===========================================================================================

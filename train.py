@@ -1,95 +1,104 @@
-"""Fine-tune a causal language model with CADFT; or with SFT, DFT or weighted SFT, to compare. A plain loop.
+"""Fine-tune a causal language model with CADFT; or with SFT, DFT, weighted SFT or focal loss, to compare.
 
-    python train.py                                              the classroom: no download, no GPU, 2 minutes
+    python train.py                                              the classroom: no download, no GPU, 1 minute
     python train.py --model MODEL --data FILE.jsonl              your own model and demonstrations
     torchrun --nproc-per-node=8 train.py --model ... --data ...  the same result on eight processes
 
 Where this loop departs from the textbook:
  1. A step is one forward of all micro-batches, graphs kept, then one backward: c_hat needs every score of the
     global batch before the first gradient, and this way the model runs only once, and exactly.
- 2. SFT, DFT, casft and CADFT take the same path; they differ in the token loss and in beta (0: no weighting).
+ 2. All methods take the same path; they differ in the token loss and in beta (0: no weighting).
  3. A step's data and random numbers depend on (seed, step) alone: not on the number of ranks, the size of the
     micro-batches, or what went before. So a resumed run is the uninterrupted one.
  4. Weights are float32; bfloat16 is autocast over them. Dropout is off: it would depend on the sharding.
+A mistake in the input ends in sys.exit("one line"), wherever it is found; `guarded` says it once, with code 2.
 """
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import textwrap
 import time
 import warnings
-from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-# read by torch: large pages for large blocks (fewer page faults); threads of several processes must not spin
+# read by torch when it loads: large pages for large blocks; threads that wait don't spin (runs may share cores)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if "RANK" in os.environ:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.distributed as dist
 import transformers
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cadft
 
-INF = math.inf
 # method: token loss, and whether samples are weighted and rewritten
-METHODS = {"sft": (cadft.sft_loss, False), "dft": (cadft.dft_loss, False),
+METHODS = {"sft": (cadft.sft_loss, False), "focal": (cadft.focal_loss, False), "dft": (cadft.dft_loss, False),
            "casft": (cadft.sft_loss, True), "cadft": (cadft.dft_loss, True)}
-# flag, type, the paper's value (your own model), the classroom's (None: does not apply), range, help
+KINDS = ["wrong", "cipher", "terse", "junk"]                    # of the classroom's incompatible demonstrations
+MANY = 10 ** 12
+# flag, value for your own model (the paper's), value in the classroom, allowed (an interval or a choice), help
 FLAGS = [
-    ("beta", float, 1.0, 1.0, "[0, inf)", "w = exp(-beta max(0, c_hat)); 0 is DFT"),
-    ("eps", float, 1e-6, 1e-6, "(0, inf)", "added to the standard deviation of the z-score"),
-    ("ema-decay", float, 0.5, 0.5, "[0, 1)", "of the moving average of c_hat (paper silent)"),
-    ("rewrite-after", int, 3000, 60, "[0, inf)", "T_warm: no rewriting before this step"),
-    ("rewrite-every", int, 1000, 6, "[0, inf)", "K: steps between rewriting rounds; 0 turns rewriting off"),
-    ("rewrite-fraction", float, 0.005, 0.005, "(0, 1]", "share of the data set that a round may pick"),
-    ("rewrite-prob", float, 0.5, 0.5, "[0, 1]", "probability that a picked example is rewritten"),
-    ("rewrite-top-p", float, 0.9, 0.9, "(0, 1]", "nucleus of a rewrite"),
-    ("rewrite-temperature", float, 0.7, 0.7, "(0, inf)", "temperature of a rewrite"),
-    ("rewrite-max-tokens", int, 2048, 96, "[1, inf)", "length limit of a rewrite (paper silent)"),
-    ("steps", int, None, 300, "[1, inf)", "optimizer steps"),
-    ("epochs", int, 1, None, "[1, inf)", "instead of --steps: passes over the data"),
-    ("batch-size", int, 256, 32, "[1, inf)", "|B|: the effective global batch, of all ranks together"),
-    ("micro-batch-tokens", int, 16384, 8192, "[1, inf)", "padded tokens of one forward; changes no result"),
-    ("max-length", int, 2048, 128, "[2, inf)", "tokens of prompt and response; longer responses are cut"),
-    ("lr", float, 5e-5, 3e-4, "(0, inf)", "peak learning rate"),
-    ("warmup-ratio", float, 0.1, 0.1, "[0, 1]", "share of the steps that warm up; then a cosine to 0"),
-    ("weight-decay", float, 0.01, 0.0, "[0, inf)", "of AdamW"),
-    ("clip", float, 1.0, 1.0, "(0, inf]", "largest gradient norm"),
-    ("seed", int, 0, 0, "[0, 1e9]", "decides order, rewrites, and everything in the classroom"),
-    ("save-every", int, 500, 100, "[1, inf)", "steps between checkpoints"),
-    ("classroom-size", int, None, 640, "[1, 100000]", "demonstrations in the classroom"),
-    ("classroom-digits", int, None, 3, "[2, 6]", "digits of the numbers to add; the base model knows 1 to 3"),
-    ("incompatible", float, None, 0.4, "[0, 1]", "share of incompatible demonstrations in the classroom"),
+    ("model", "", "", None, "a Hugging Face folder or hub name; with --data"),
+    ("data", "", "", None, "a JSONL file; with --model"),
+    ("out", "", "", None, "output folder (out/<method>-seed<seed>)"),
+    ("method", "cadft", "cadft", METHODS, "token loss and weighting"),
+    ("resume", False, False, None, "go on from the checkpoint in --out, if there is one"),
+    ("prompt-field", "prompt", "prompt", None, "JSONL field of the prompt"),
+    ("response-field", "response", "response", None, "JSONL field of the response"),
+    ("prompt-template", "{prompt}", "{prompt}", None, 'wraps each prompt: "{prompt} Reason step by step."'),
+    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 on CUDA, else float32)"),
+    ("gradient-checkpointing", True, False, None, "recompute activations in the backward pass"),
+    ("beta", 1.0, 1.0, (0.0, 1e9), "w = exp(-beta max(0, c_hat)); 0: all weights are 1"),
+    ("eps", 1e-6, 1e-6, (1e-30, 1e9), "added to the standard deviation of the z-score"),
+    ("ema-decay", 0.5, 0.5, (0.0, 0.9999), "of the moving average of c_hat (paper silent)"),
+    ("rewrite-after", 3000, 60, (0, MANY), "T_warm: no rewriting before this step"),
+    ("rewrite-every", 1000, 6, (0, MANY), "K: steps between rewriting rounds; 0: no rewriting"),
+    ("rewrite-fraction", 0.005, 0.005, (1e-9, 1.0), "share of the data set that a round may pick"),
+    ("rewrite-prob", 0.5, 0.5, (0.0, 1.0), "probability that a picked example is rewritten"),
+    ("rewrite-top-p", 0.9, 0.9, (0.001, 1.0), "nucleus of a rewrite"),
+    ("rewrite-temperature", 0.7, 0.7, (0.001, 1000.0), "temperature of a rewrite"),
+    ("rewrite-max-tokens", 2048, 96, (1, MANY), "length limit of a rewrite (paper silent)"),
+    ("steps", 0, 300, (0, MANY), "optimizer steps; 0: as many as --epochs makes"),
+    ("epochs", 1, 1, (1, MANY), "instead of --steps: passes over the data"),
+    ("batch-size", 256, 32, (1, MANY), "|B|: the effective global batch, of all ranks together"),
+    ("micro-batch-tokens", 16384, 8192, (1, MANY), "padded tokens of one forward; changes no result"),
+    ("max-length", 2048, 128, (2, MANY), "tokens of prompt and response; longer responses are cut"),
+    ("lr", 5e-5, 3e-4, (1e-30, 1e38), "peak learning rate"),
+    ("warmup-ratio", 0.1, 0.1, (0.0, 1.0), "share of the steps that warm up; then a cosine to 0"),
+    ("weight-decay", 0.01, 0.0, (0.0, 1e9), "of AdamW"),
+    ("clip", 1.0, 1.0, (1e-30, math.inf), "largest gradient norm"),
+    ("seed", 0, 0, (0, 10 ** 9), "decides order, rewrites, and everything in the classroom"),
+    ("save-every", 500, 100, (1, MANY), "steps between checkpoints"),
+    ("classroom-size", None, 640, (1, 100_000), "demonstrations in the classroom"),
+    ("classroom-digits", None, 3, (2, 6), "digits of the numbers to add; the base model knows 1 to 3"),
+    ("incompatible", None, 0.4, (0.0, 1.0), "share of incompatible demonstrations in the classroom"),
+    ("kinds", None, KINDS, KINDS, "of incompatible demonstrations"),
 ]
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
 FREE = {"out", "data", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
-
-
-class UserError(Exception):
-    """A mistake in the input, in one line: what, where, what to do. The same on every rank; exit code 2."""
+LOGS, STATEFUL = ("log.jsonl", "rewrites.jsonl"), ("lm", "optimizer", "tracker")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 
 
 @dataclass(slots=True)
 class Example:
     """One demonstration as token ids. The response ends with end-of-sequence, unless it was cut."""
     index: int
-    prompt_ids: array
-    response_ids: array
+    prompt_ids: torch.Tensor    # [prompt tokens], int32
+    response_ids: torch.Tensor  # [|y|], int32
     kind: str | None = None     # a label for logs and tables; training never looks at it
 
     def __len__(self):
@@ -98,111 +107,98 @@ class Example:
 
 @dataclass
 class Run:
-    """What a run is made of. Everything that changes is in its checkpoints."""
+    """What a run is made of. Everything that changes is in its checkpoint."""
     args: argparse.Namespace
     lm: torch.nn.Module
     tokenizer: object
     examples: list
-    data_hash: str
     optimizer: torch.optim.Optimizer
     tracker: cadft.CompatibilityEMA
-    rewrites: dict              # index -> the response ids that replaced the original's
+    world: int = 1
+    rank: int = 0
+    rewrites: dict = field(default_factory=dict)    # index -> the response ids that replaced the original's
     step: int = 0
     seconds: float = 0.0
+    signal: int = 0             # the number of the signal that asks it to stop
 
 
 # ==== 1. The loop ===========================================================================================
 
-def train_step(net, optimizer, batches, a):
+def train_step(run, net, batches):
     """One optimizer step on this rank's micro-batches: the algorithm, whole.
 
-    Returns the rows of the global batch, [G, len(COLUMNS)], float64 on the CPU, the same on every rank.
+    Returns columns {name: [G]} about the global batch, float64 on the CPU, the same on every rank.
     """
-    outputs = []
-    for batch in batches:
-        last = batch is batches[-1]                     # DDP prepares its one reduction in the last forward
-        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-            outputs.append(net(batch["input_ids"], batch["labels"]))           # nll, mask: [rows, T-1]
-    nll, mask = (torch.cat(widen(parts)) for parts in zip(*outputs))           # [B, T-1]
+    a, outputs = run.args, []
+    for batch in batches:                           # DDP prepares its one reduction in the last forward
+        net.require_backward_grad_sync = batch is batches[-1]
+        outputs.append(net(batch["input_ids"], batch["labels"]))               # nll, mask: [rows, T-1]
+    per_sample = lambda score: torch.cat([score(nll, mask) for nll, mask in outputs])
     token_loss, weighted = METHODS[a.method]
 
-    c_raw = cadft.compatibility(nll, mask)                                     # [B]
+    c_raw = per_sample(cadft.compatibility)                                    # [B]
     c_hat = cadft.batch_zscore(c_raw, a.eps)                                   # [B]
     w = cadft.compatibility_weight(c_hat, a.beta if weighted else 0.0)         # [B]
-    sample_loss = token_loss(nll, mask)                                        # [B]
-    loss = cadft.cadft_loss(sample_loss, w)
-    loss.backward()
+    loss = per_sample(token_loss)                                              # [B]
+    cadft.cadft_loss(loss, w).backward()
 
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), a.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    index, tokens = (torch.cat([batch[name] for batch in batches]) for name in ("index", "tokens"))
-    rows = [index, c_raw, c_hat, w, sample_loss, cadft.dft_loss(nll, mask), nll.sum(1), mask.sum(1), tokens,
-            grad_norm, torch.tensor(peak_memory()), torch.tensor(stop.received)]
-    rows = [row.detach().to(nll.device, torch.float64).expand(len(nll)) for row in rows]
-    return cadft.gather(torch.stack(rows, dim=1)).cpu()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    columns = {"index": torch.cat([batch["index"] for batch in batches]), "c_raw": c_raw, "c_hat": c_hat,
+               "w": w, "loss": loss, "dft": per_sample(cadft.dft_loss), "grad_norm": grad_norm,
+               "memory": torch.tensor(peak_memory()), "signal": torch.tensor(run.signal)}
+    rows = [x.detach().to(c_raw.device, torch.float64).expand(len(c_raw)) for x in columns.values()]
+    return dict(zip(columns, cadft.gather(torch.stack(rows, dim=1)).cpu().T))
 
 
-COLUMNS = ("index", "c_raw", "c_hat", "w", "loss", "dft", "nll", "response_tokens", "tokens",
-           "grad_norm", "memory", "signal")
-
-
-def train(run, world, rank, device):
-    """The loop over steps: train, average, rewrite, log, save. Returns the exit code."""
-    a, net = run.args, ResponseNLL(run.lm, run.args.dtype, device)
-    if world > 1:
-        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
-                                      broadcast_buffers=False, gradient_as_bucket_view=True)
-    began = time.perf_counter() - run.seconds
-    log = open(Path(a.out, "log.jsonl"), "a") if rank == 0 else None
-    bar = tqdm(total=a.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
-    with stop, bar, log or contextlib.nullcontext():
+def train(run, until=lambda run: False):
+    """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal that ended it."""
+    a, net = run.args, ResponseNLL(run.lm, run.args.dtype == "bfloat16")
+    if run.world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[DEVICE] if CUDA else None,
+                                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+    began, name = time.perf_counter() - run.seconds, Path(a.out).name
+    bar = tqdm(total=a.steps, initial=run.step, desc=name, unit="step", disable=run.rank > 0 or None)
+    with signals_noted(run), bar:
         while run.step < a.steps:
-            run.step += 1
-            start = time.perf_counter()
+            run.step, start = run.step + 1, time.perf_counter()
             torch.manual_seed(key(a.seed, run.step))    # should the model draw anything (a noisy router)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(run.step, a)
-            batches = [collate(rows, run.tokenizer, device) for rows in share(run, world, rank)]
-            table = dict(zip(COLUMNS, train_step(net, run.optimizer, batches, a).T))
-            stop_if_diverged(table, run.step)
+            table = train_step(run, net, [collate(rows) for rows in share(run)])
+            check_finite(table, run.step)
             run.tracker.update(table["index"].long(), table["c_hat"])
-            elapsed = time.perf_counter() - start
-            if rewriting_due(run.step, a):
-                rewrite(run, world, rank)
             run.seconds = time.perf_counter() - began
-            if log:
-                row = log_row(run, table, elapsed)
-                print(json.dumps(row), file=log, flush=True)
-                bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
+            row = log_row(run, table, time.perf_counter() - start)
+            append(run, "log.jsonl", [row])
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
             bar.update()
-            signalled = int(table["signal"].max())              # of any rank: all stop after the same step
-            if signalled or run.step % a.save_every == 0 or run.step == a.steps:
-                together(save, run, rank0=True)
-            if signalled and run.step < a.steps:
-                name = signal.Signals(signalled).name
-                say(f"\nstopped by {name} after step {run.step} and saved; --resume goes on")
-                return 128 + signalled
+            if rewriting_due(run.step, a):
+                rewrite(run)
+            done = run.step == a.steps or until(run)
+            stopped = int(table["signal"].max())        # of any rank: all stop after the same step
+            if done or stopped or run.step % a.save_every == 0:
+                save(run)
+            if done:
+                break
+            if stopped:
+                say(f"\nstopped by signal {stopped} after step {run.step} and saved; --resume goes on")
+                return 128 + stopped
     return 0
 
 
 class ResponseNLL(torch.nn.Module):
-    """token_nll as a module: what DDP wraps. Padding stands on the right, so no attention mask is needed."""
+    """token_nll as a module, which DDP needs. Padding stands on the right, so there is no attention mask."""
 
-    def __init__(self, lm, dtype, device):
+    def __init__(self, lm, bfloat16):
         super().__init__()
-        self.lm, self.device, self.bfloat16 = lm, device, dtype == "bfloat16"
-        self.chunk = 2048 if device.type == "cuda" else 512    # a GPU wants larger products
+        self.lm, self.bfloat16 = lm, bfloat16
 
     def forward(self, input_ids, labels):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return cadft.token_nll(self.lm, input_ids, None, labels, self.chunk)
-
-
-def widen(parts):
-    """Pad [rows, T-1] tensors of several widths with 0 (False) to the widest."""
-    width = max(part.shape[1] for part in parts)
-    return [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        """[rows, T] -> nll, mask [rows, T-1]. A GPU wants larger chunks."""
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bfloat16):
+            return cadft.token_nll(self.lm, input_ids, None, labels, chunk=2048 if CUDA else 512)
 
 
 def learning_rate(step, a):
@@ -212,64 +208,61 @@ def learning_rate(step, a):
     return a.lr * min(1, step / max(1, warm)) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def share(run, world, rank):
-    """This rank's micro-batches of a step: lists of examples, longest first, of few enough padded tokens."""
+def share(run):
+    """This rank's micro-batches of a step, as lists of examples; every rank has as many, of like lengths."""
     a, per_epoch = run.args, len(run.examples) // run.args.batch_size
     epoch, position = divmod(run.step - 1, per_epoch)
     generator = torch.Generator().manual_seed(key(a.seed, "epoch", epoch))
-    order = torch.randperm(len(run.examples), generator=generator)
-    mine = order[position * a.batch_size:(position + 1) * a.batch_size][rank::world].tolist()
+    order = torch.randperm(len(run.examples), generator=generator)[position * a.batch_size:][:a.batch_size]
+    rows = [run.examples[i] for i in order.tolist()]
+    rows.sort(key=len, reverse=True)                # the global batch, dealt out to the ranks, longest first
     batches = []
-    for example in sorted((run.examples[i] for i in mine), key=len, reverse=True):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= a.micro_batch_tokens:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
-    return batches
+    for deal in (rows[i:i + run.world] for i in range(0, len(rows), run.world)):
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0][0]) <= a.micro_batch_tokens:
+            batches[-1].append(deal)
+        else:                                       # the longest row of any rank, deal[0], sets the width
+            batches.append([deal])
+    return [[deal[run.rank] for deal in batch] for batch in batches]
 
 
-def collate(rows, tokenizer, device):
-    """Examples -> {input_ids [B, T], labels [B, T], index [B], tokens [B]}, padded on the right."""
-    width, pad = max(map(len, rows)), pad_id(tokenizer)
-    ids = [[*e.prompt_ids, *e.response_ids] + [pad] * (width - len(e)) for e in rows]
-    off = [cadft.IGNORE]
-    labels = [off * len(e.prompt_ids) + [*e.response_ids] + off * (width - len(e)) for e in rows]
-    batch = dict(input_ids=ids, labels=labels, index=[e.index for e in rows], tokens=[len(e) for e in rows])
-    return {name: torch.tensor(value).to(device) for name, value in batch.items()}
+def collate(rows):
+    """Examples -> {input_ids, labels [B, T], index [B]}; padded on the right with 0, which no token sees."""
+    ids = [torch.cat([e.prompt_ids, e.response_ids]) for e in rows]
+    labels = [torch.cat([torch.full_like(e.prompt_ids, cadft.IGNORE), e.response_ids]) for e in rows]
+    batch = {"input_ids": pad_sequence(ids, batch_first=True), "index": torch.tensor([e.index for e in rows]),
+             "labels": pad_sequence(labels, batch_first=True, padding_value=cadft.IGNORE)}
+    return {name: value.long().to(DEVICE) for name, value in batch.items()}
 
 
-def stop_if_diverged(table, step):
-    bad = ~torch.isfinite(table["loss"] * table["w"] + table["grad_norm"])
-    if bad.any():
-        own = ~torch.isfinite(table["loss"])
-        which = sorted(table["index"][own if own.any() else bad].long().tolist())
-        what = "loss" if own.any() else "gradient"
-        raise UserError(f"the {what} is not finite at step {step}, examples {which[:8]}: look at these, or "
-                        "try a lower --lr; the last checkpoint is untouched")
+def check_finite(table, step):
+    """Stop where a loss or the gradient is not finite, and name the examples."""
+    bad = sorted(table["index"][~table["loss"].isfinite()].int().tolist())
+    if bad or not table["grad_norm"].isfinite().all():
+        sys.exit(f"the {'loss' if bad else 'gradient'} is not finite at step {step}, examples {bad[:8] or 'all'}: "
+                 "look at these, or try a lower --lr; the last checkpoint is untouched")
 
 
 def log_row(run, table, elapsed):
     """One line of log.jsonl: numbers of the global batch. nll is per token, c_mean per sample."""
-    def by_kind(rows):
-        return {"n": len(rows)} | {name: table[name][rows].mean().item() for name in ("c_raw", "c_hat", "w")}
-
-    kinds = {}
-    for position, i in enumerate(table["index"].long().tolist()):
-        if run.examples[i].kind is not None:
-            kinds.setdefault("rewritten" if i in run.rewrites else run.examples[i].kind, []).append(position)
-    w, c_raw = table["w"], table["c_raw"]
+    w, c_raw, kinds = table["w"], table["c_raw"], {}
+    examples = [run.examples[i] for i in table["index"].int().tolist()]
+    length = torch.tensor([len(e.response_ids) for e in examples])             # [G] |y|
+    for position, e in enumerate(examples):
+        if e.kind is not None:
+            kinds.setdefault("rewritten" if e.index in run.rewrites else e.kind, []).append(position)
+    means = lambda at: {name: table[name][at].mean().item() for name in ("c_raw", "c_hat", "w")}
     return {"step": run.step, "epoch": (run.step - 1) // (len(run.examples) // run.args.batch_size) + 1,
             "seconds": run.seconds, "lr": learning_rate(run.step, run.args),
             "loss": (w * table["loss"]).mean().item(),
-            "nll": (table["nll"].sum() / table["response_tokens"].sum()).item(),
+            "nll": ((c_raw * length).sum() / length.sum()).item(),
             "dft": table["dft"].mean().item(),
             "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(),
             "w_mean": w.mean().item(), "w_min": w.min().item(),
             "down_weighted": (w < 1).double().mean().item(),
             "grad_norm": table["grad_norm"][0].item(),
-            "tokens_per_second": table["tokens"].sum().item() / elapsed,
+            "tokens_per_second": sum(map(len, examples)) / elapsed,
             "peak_memory": int(table["memory"].max()), "rewritten": len(run.rewrites),
-            "kinds": {kind: by_kind(rows) for kind, rows in sorted(kinds.items())}}
+            "kinds": {kind: {"n": len(at)} | means(at) for kind, at in sorted(kinds.items())}}
 
 
 # ==== 2. Rewriting ==========================================================================================
@@ -280,180 +273,155 @@ def rewriting_due(step, a):
     return on and step >= a.rewrite_after and (step - a.rewrite_after) % a.rewrite_every == 0
 
 
-def rewrite(run, world, rank, chunk=64):
+def rewrite(run, chunk=64):
     """One round: pick, toss, sample, write back, record. Chunks and their seeds don't depend on the ranks."""
     a, stops = run.args, eos_ids(run.lm, run.tokenizer)
     text = lambda ids: run.tokenizer.decode(ids, skip_special_tokens=True)
     picked = run.tracker.pick(a.rewrite_fraction)
     drawn = [i for i in picked if random.Random(key(a.seed, run.step, i)).random() < a.rewrite_prob]
     drawn.sort(key=lambda i: (len(run.examples[i].prompt_ids), i))
-    new = {}
-    for number, start in enumerate(range(0, len(drawn), chunk)):
-        if number % world == rank:
-            some = drawn[start:start + chunk]
-            prompts = [run.examples[i].prompt_ids for i in some]
-            room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))   # the longest prompt's
-            with torch.autocast(run.lm.device.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
-                new |= zip(some, cadft.nucleus_rewrite(
-                    run.lm, prompts, stops, pad_id(run.tokenizer), room, top_p=a.rewrite_top_p,
-                    temperature=a.rewrite_temperature, seed=key(a.seed, run.step, "chunk", number)))
+    new, rows = {}, []
+    for start in range(run.rank * chunk, len(drawn), run.world * chunk):
+        some = drawn[start:start + chunk]
+        prompts = [run.examples[i].prompt_ids.tolist() for i in some]
+        room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))      # the longest prompt's
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
+            new |= zip(some, cadft.nucleus_rewrite(
+                run.lm, prompts, stops, stops[0], room, top_p=a.rewrite_top_p,
+                temperature=a.rewrite_temperature, seed=key(a.seed, run.step, "chunk", start // chunk)))
     new = {i: ids for part in gather_objects(new) for i, ids in part.items()}
-    rows = []
     for i in picked:
-        example, ids = run.examples[i], new.get(i)
+        e, ids = run.examples[i], new.get(i)
         kept = ("not drawn" if ids is None else "cut off" if ids[-1] not in stops else
                 "empty" if not text(ids).strip() else None)
-        row = {"step": run.step, "index": i, "kind": example.kind, "average": run.tracker.mean[i].item(),
-               "prompt": text(example.prompt_ids), "old": text(example.response_ids)}
-        rows.append(row | ({"kept": kept} if kept else {"new": text(ids)}))
+        rows.append({"step": run.step, "index": i, "kind": e.kind, "average": run.tracker.mean[i].item(),
+                     "prompt": text(e.prompt_ids), "old": text(e.response_ids),
+                     **({"kept": kept} if kept else {"new": text(ids)})})
         if not kept:
-            run.rewrites[i] = example.response_ids = array("i", ids)
+            run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
             run.tracker.forget(i)
-    if rank == 0:
-        with open(Path(a.out, "rewrites.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    append(run, "rewrites.jsonl", rows)
 
 
 # ==== 3. Data ===============================================================================================
 
 def load_examples(a, tokenizer, rows=None):
     """JSONL (or `rows` like its) -> (examples, responses cut at --max-length, rows without room for one)."""
-    examples, dropped, cut = [], 0, 0
+    examples, cut, dropped = [], 0, 0
     rows = rows or (read_jsonl(a.data) if a.data else classroom_rows(a))
-    while some := [(*dialogue(row, a, where), where, row.get("kind")) for where, row in islice(rows, 1000)]:
-        turns, responses, wheres, kinds = zip(*some)
-        prompts = encode_prompts(tokenizer, turns, wheres)
+    while some := list(islice(rows, 1000)):                     # tokenizers are fast on many texts at once
+        turns, responses = zip(*(dialogue(row, a, where) for where, row in some))
+        prompts = encode_prompts(tokenizer, turns, [where for where, _ in some])
         answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        for prompt, answer, where, kind in zip(prompts, answers, wheres, kinds):
+        for (where, row), prompt, answer in zip(some, prompts, answers):
             if not prompt or not answer:
-                raise UserError(f"{where}: the text turns into no token; is this the model's own tokenizer?")
+                sys.exit(f"{where}: the text turns into no token; is this the model's own tokenizer?")
             if answer[-1] != tokenizer.eos_token_id:
                 answer = answer + [tokenizer.eos_token_id]
             kept = answer[:max(0, a.max_length - len(prompt))]
             dropped, cut = dropped + (not kept), cut + (0 < len(kept) < len(answer))
             if kept:
-                kind = None if kind is None else str(kind)
-                examples.append(Example(len(examples), array("i", prompt), array("i", kept), kind))
+                ids = (torch.tensor(ids, dtype=torch.int32) for ids in (prompt, kept))
+                kind = None if row.get("kind") is None else str(row["kind"])
+                examples.append(Example(len(examples), *ids, kind))
     if not examples:
-        raise UserError(f"{a.data}: no usable row; {dropped} have prompts longer than --max-length allows")
+        sys.exit(f"{a.data}: no usable row; {dropped} have prompts longer than --max-length allows")
     return examples, cut, dropped
 
 
 def read_jsonl(path):
-    """Yield ("file, line n", row) for each line that is not blank. Raises UserError naming file and line."""
-    try:
-        file = open(path, "rb")                                # bytes: only \n ends a line
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a JSONL file") from None
-    with file:
+    """Yield ("file, line n", row) for each line that is not blank; what can't be read is told with its line."""
+    with open(path, "rb") as file:                              # bytes: only \n ends a line
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    row = json.loads(text)
-                    if "\\u" in text:
-                        json.dumps(row, ensure_ascii=False).encode()   # half a surrogate pair is no text
-            except UnicodeError:
-                raise UserError(f"{where}: not valid UTF-8; save the file as UTF-8") from None
+                row = json.loads(text or "{}")
+                json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
-            if text and not isinstance(row, dict):
-                raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+                sys.exit(f"{where}: not valid JSON in UTF-8, one object a line ({error})")
+            if not isinstance(row, dict):
+                sys.exit(f"{where}: a JSON object is needed, not {type(row).__name__}")
             if text:
                 yield where, row
 
 
 def dialogue(row, a, where):
     """(turns before the response, response) of one row: the named fields, or else `messages`."""
-    prompt_field, response_field = a.prompt_field or "prompt", a.response_field or "response"
-    named = a.prompt_field or a.response_field or "messages" not in row
-    if named or prompt_field in row and response_field in row:
-        fields = prompt_field, response_field
-        turns = [{"role": who, "content": row.get(name)} for who, name in zip(("user", "assistant"), fields)]
-        names = [f'field "{field}"' for field in fields]
+    fields = a.prompt_field, a.response_field
+    if fields != ("prompt", "response") or "messages" not in row or row.keys() >= {*fields}:
+        turns = [{"role": role, "content": row.get(name)} for role, name in zip(("user", "assistant"), fields)]
+        names = [f'field "{name}"' for name in fields]
     else:
-        turns = row["messages"] if isinstance(row["messages"], list) else []
-        if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
-            raise UserError(f'{where}: each of "messages" needs a role and a content')
-        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-        turns = turns[:last + 1]
-        names = [f'message {i + 1}' for i in range(len(turns))]
-        if last == 0:
-            raise UserError(f'{where}: "messages" needs a user turn and an assistant turn after it')
+        turns = row["messages"] if isinstance(row["messages"], list) else [None]
+        if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+            sys.exit(f'{where}: each of "messages" needs a role and a content')
+        turns = turns[:max((i for i, turn in enumerate(turns, 1) if turn["role"] == "assistant"), default=0)]
+        names = [f"message {i}" for i in range(1, len(turns) + 1)]
+        if len(turns) < 2:
+            sys.exit(f'{where}: "messages" needs a user turn and an assistant turn after it')
     for turn, name in zip(turns, names):
-        if turn.get("content") is None or turn["content"] == "":
-            raise UserError(f"{where}: {name} is missing or empty; see --prompt-field and --response-field")
-        if not isinstance(turn["content"], str):
-            raise UserError(f"{where}: {name} is not a string but {type(turn['content']).__name__}")
-    *before, response = turns
-    return wrap(before, a.prompt_template), response["content"]
+        if not isinstance(turn.get("content"), str) or not turn["content"]:
+            sys.exit(f"{where}: {name} is missing, empty or not a string; see --prompt-field, --response-field")
+    return [*turns[:-2], wrap(turns[-2], a.prompt_template)], turns[-1]["content"]
 
 
-def wrap(turns, template):
-    """The same turns, the last one's text put into the template."""
-    text = (template or "{prompt}").replace("{prompt}", turns[-1]["content"])
-    return [*turns[:-1], turns[-1] | {"content": text}]
+def wrap(turn, template):
+    """The same turn with its text put into the template."""
+    return turn | {"content": template.replace("{prompt}", turn["content"])}
 
 
 def encode_prompts(tokenizer, dialogues, wheres):
     """Token ids of prompts: by the chat template, else the text as it is. One bos, where there is a bos."""
-    texts = []
+    texts, bos = [], [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for turns, where in zip(dialogues, wheres):
         if not tokenizer.chat_template and len(turns) > 1:
-            raise UserError(f"{where}: {len(turns)} turns before the response, but no chat template")
+            sys.exit(f"{where}: {len(turns)} turns before the response, but no chat template")
         try:
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
                          if tokenizer.chat_template else turns[0]["content"])
-        except Exception as error:                             # whatever the template's code raises
-            raise UserError(f"{where}: the chat template refuses these turns ({error})") from None
-    bos, prompts = tokenizer.bos_token_id, []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        while bos is not None and ids[:1] == [bos]:            # a chat template may have written it already
-            ids = ids[1:]
-        prompts.append(ids if bos is None else [bos] + ids)
-    return prompts
+        except Exception as error:                              # whatever the template's code raises
+            sys.exit(f"{where}: the chat template refuses these turns ({error})")
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [bos + ids[next((i for i, token in enumerate(ids) if [token] != bos), len(ids)):] for ids in prompts]
 
 
 # ==== 4. Model and processes ================================================================================
 
-def load_model(path, dtype, device):
-    """(the model at `path`, a folder or a hub name, in training mode; names of the dropouts set to 0)."""
+def load_model(path, dtype):
+    """(model in training mode, tokenizer, names of the dropouts set to 0) of a folder or a hub name."""
     try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
         off = without_dropout(config)
-        lm, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype,
-                                                        output_loading_info=True)
-    except Exception as error:                                 # transformers raises many kinds
-        raise UserError(f"{path}: no causal language model could be loaded ({first_line(error)})") from None
+        lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True)
+        for tensor in (*lm.parameters(), *lm.buffers()):    # memory mapped from a file is aligned otherwise than
+            tensor.data = tensor.data.clone()               # torch's own, and some processors then round otherwise
+        cadft.plain_head(lm.to(DEVICE).train())             # refuses what is not causal
+    except Exception as error:                              # transformers raises many kinds
+        sys.exit(f"{path}: no causal language model with its tokenizer could be loaded ({error})")
     if info["missing_keys"]:
-        raise UserError(f"{path}: weights are missing ({', '.join(sorted(info['missing_keys'])[:3])} ...)")
-    return lm.to(device).train(), off
+        sys.exit(f"{path}: weights are missing ({', '.join(sorted(info['missing_keys'])[:3])} ...)")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"{path}: the tokenizer has no end-of-sequence token; a response could not end")
+    if not finite(lm):
+        sys.exit(f"{path}: holds weights that are not finite")
+    return lm, tokenizer, off
+
+
+def finite(lm):
+    """Whether all weights of a model are finite numbers."""
+    return all(bool(p.isfinite().all()) for p in lm.parameters())
 
 
 def without_dropout(config):
     """Set every dropout of a config (and of its text model's) to 0; returns the names of those changed."""
-    off = []
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name, value in part.to_dict().items():
-            if "drop" in name and isinstance(value, float) and value > 0:
-                setattr(part, name, 0.0)
-                off.append(name)
-    return off
-
-
-def load_tokenizer(path):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)})") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no end-of-sequence token; a response could not end")
-    return tokenizer
-
-
-def pad_id(tokenizer):
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    off = [(part, name) for part in (config, config.get_text_config()) for name, value in part.to_dict().items()
+           if "drop" in name and isinstance(value, float) and value > 0]
+    for part, name in off:
+        setattr(part, name, 0.0)
+    return sorted({name for _, name in off})
 
 
 def eos_ids(lm, tokenizer):
@@ -462,330 +430,374 @@ def eos_ids(lm, tokenizer):
     return sorted({tokenizer.eos_token_id, *([] if own is None else own if isinstance(own, list) else [own])})
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def key(*parts):
     """A seed made of several things, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
-def world_and_rank():
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def start_processes():
-    """Join the process group if torchrun started us: nccl on CUDA, else gloo. Returns the device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
-        # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
-        store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(hours=2))   # some wait, others sample
-    warnings.filterwarnings("ignore", message="`broadcast_buffers`")   # its new name is new in torch 2.13
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return device
+def join():
+    """Join torchrun's processes, if it started us: nccl on CUDA, else gloo. Returns (world, rank)."""
+    if "RANK" not in os.environ:
+        return 1, 0
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
+    store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(hours=2))         # some wait while others sample
+    return world, rank
 
 
 def gather_objects(value):
     """A list with every rank's value."""
-    world, _ = world_and_rank()
-    values = [value] * world
-    if world > 1:
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def together(function, *args, rank0=False):
-    """function(*args) on every rank, or on rank 0 for all of them. What fails on one rank fails on all."""
-    result, error = None, None
-    if not rank0 or world_and_rank()[1] == 0:
-        try:
-            result = function(*args)
-        except UserError as caught:
-            error = str(caught)
-    told = gather_objects((error, result if rank0 else None))
-    for error, _ in told:
-        if error:
-            raise UserError(error)
-    return told[0][1] if rank0 else result
-
-
 def say(*lines):
-    if world_and_rank()[1] == 0:
+    """Print lines, on rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
         print(*lines, sep="\n", flush=True)
 
 
+def guarded(program):
+    """program(argv) as a main function, which returns the exit code: 0, 2 (a mistake in the input) or 128 + signal.
+
+    Mistakes mostly meet every process. A node's first one speaks, and torchrun ends the others while they wait;
+    one that is still there was alone with its mistake, and speaks too. Then the process group goes.
+    """
+    def main(argv=None):
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`")        # its new name is new in torch 2.13
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        sys.stdout.reconfigure(errors="replace")                                # a terminal may know ASCII only
+        try:
+            end = program(argv) or 0
+        except SystemExit as exit_:
+            end = exit_.code
+        except KeyboardInterrupt:                                               # outside the loop: nothing to save
+            end = 130
+        except torch.OutOfMemoryError:
+            end = ("out of memory; micro-batches do not bound what one forward of the step keeps: take more "
+                   "processes, --gradient-checkpointing, a smaller --max-length or --batch-size")
+        except OSError as error:
+            end = str(error)
+        if isinstance(end, str):
+            time.sleep(10 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
+            print("error:", textwrap.shorten(end, 450), file=sys.stderr, flush=True)
+            end = 2
+        gc.collect()    # threads of the group must not outlive it: first goes what holds it (DDP), then the group
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return end
+    return main
+
+
 def peak_memory():
-    """Bytes: CUDA's peak allocation, else the process's peak resident size."""
-    if torch.cuda.is_available():
+    """Bytes: CUDA's peak allocation, else the process's peak resident size; 0 where the system can't tell."""
+    if CUDA:
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource                                                 # Unix only
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Stop:
-    """SIGTERM and Ctrl-C finish the step and save; a second signal ends the process at once.
-
-    torchrun repeats the signal to its workers, so one within two seconds of the first is the same one.
-    """
-    received, since = 0, 0.0                                   # the signal's number
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.received = 0
-
-    def handle(self, number, _):
-        if not self.received:
-            self.received, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 2:
+@contextlib.contextmanager
+def signals_noted(run):
+    """SIGTERM and Ctrl-C finish the step and save; another one, two seconds later, ends the process at once."""
+    def note(number, _):
+        run.signal = run.signal or number
+        if time.monotonic() - first.setdefault("time", time.monotonic()) > 2:  # torchrun repeats the signal
             os._exit(128 + number)
 
+    first, before = {}, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-stop = Stop()
+
+# ==== 5. Nothing lost =======================================================================================
+
+@contextlib.contextmanager
+def writing(path, then="the last checkpoint is safe: make room, and --resume goes on from it"):
+    """What goes wrong with a file in here is told in one line; rank 0 alone comes here."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                    # libraries have their own for a full disk
+        sys.exit(f"{path}: can't be written; {then} ({error})")
 
 
-# ==== 5. Checkpoints ========================================================================================
+def claim(a):
+    """Make --out ours, at once, so that of two runs started together the second is told. True where it is new."""
+    out = Path(a.out)
+    if (out / "args.json").exists():
+        if not a.resume:
+            sys.exit(f"--out {out} holds a run: --resume goes on with it, another --out starts a new one")
+        return False
+    with writing(f"--out {out}", "name another one"):
+        if out.exists() and any(out.iterdir()) or not a.model and out == base_folder(a):
+            sys.exit(f"--out {out} is no run of train.py but not empty, or is the base model's: name another one")
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "args.json", "x") as file:              # fails where another run was faster
+            json.dump(vars(a), file)
+    return True
+
+
+def finished(out):
+    """Whether a run's folder holds the final model: its checkpoint goes last."""
+    return Path(out, "config.json").exists() and not Path(out, "checkpoint.pt").exists()
+
 
 def save(run):
-    """Write a checkpoint beside the old one, flush it, make it current by renaming it, drop the old one."""
-    folder = Path(run.args.out, f"checkpoint-{run.step:08d}")
-    draft, old = folder.with_suffix(".tmp"), checkpoint_of(run.args.out)
-    state = {"step": run.step, "seconds": run.seconds, "optimizer": run.optimizer.state_dict(),
-             "tracker": run.tracker.state_dict(), "data": run.data_hash, "args": vars(run.args),
-             "rewrites": {i: torch.tensor(ids) for i, ids in run.rewrites.items()}}
+    """Rank 0: the checkpoint, written beside the old one, and renamed over it when it is on disk."""
+    if run.rank > 0:
+        return
+    if not finite(run.lm):
+        sys.exit(f"the weights are not finite after step {run.step}: try a lower --lr; the last checkpoint is "
+                 "untouched")
+    out, draft = Path(run.args.out), Path(run.args.out, "checkpoint.tmp")
+    state = {part: getattr(run, part).state_dict() for part in STATEFUL}
+    state |= {"step": run.step, "seconds": run.seconds, "rewrites": run.rewrites,
+              "sizes": {name: (out / name).stat().st_size for name in LOGS}}
+    with writing(out / "checkpoint.pt"):
+        torch.save(state, draft)
+        to_disk(draft)
+        os.replace(draft, out / "checkpoint.pt")
+
+
+def to_disk(path):
+    """Have a file on disk, not in a cache."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def restore(run):
+    """Go on from the checkpoint, if there is one; then args.json, and logs without the steps that run again.
+
+    The model was loaded as at a fresh start, and its state is copied in: memory lies as in the uninterrupted run.
+    """
+    out, sizes = Path(run.args.out), dict.fromkeys(LOGS, 0)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        write_model(run, draft)
-        torch.save(state, draft / "state.pt")
-        flush(draft)
-        os.replace(draft, folder)
-        flush(folder.parent)
-    except Exception as error:                                 # each library has its own for a full disk
-        shutil.rmtree(draft, ignore_errors=True)
-        raise UserError(f"{folder}: could not be saved ({first_line(error)}). {old or 'No checkpoint'} is "
-                        "kept: make room, then go on with --resume") from None
-    for other in set(folder.parent.glob("checkpoint-*")) - {folder}:
-        shutil.rmtree(other)
+        if (out / "checkpoint.pt").exists():
+            state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for part in STATEFUL:
+                getattr(run, part).load_state_dict(state[part])
+            run.step, run.seconds, run.rewrites, sizes = (
+                state[name] for name in ("step", "seconds", "rewrites", "sizes"))
+            for i, ids in run.rewrites.items():
+                run.examples[i].response_ids = ids
+    except Exception as error:
+        sys.exit(f"{out / 'checkpoint.pt'}: damaged; restore it, or delete it to start afresh ({error})")
+    if run.rank == 0:
+        with writing(out):
+            (out / "args.tmp").write_text(json.dumps(vars(run.args), indent=1) + "\n", "utf-8")
+            os.replace(out / "args.tmp", out / "args.json")
+            for name, size in sizes.items():
+                with open(out / name, "ab") as file:
+                    if file.tell() < size:
+                        say(f"{out / name} is shorter than it was at the checkpoint: lines of it are lost")
+                    file.truncate(min(file.tell(), size))
+
+
+def append(run, name, rows):
+    """Rank 0: add rows to one of the run's logs."""
+    if run.rank == 0:
+        with writing(Path(run.args.out, name)), open(Path(run.args.out, name), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def finish(run):
-    """Make --out an ordinary Hugging Face folder; the last checkpoint goes only when that is on disk."""
-    try:
-        write_model(run, Path(run.args.out))
-        flush(Path(run.args.out))
-    except Exception as error:
-        raise UserError(f"{run.args.out}: the model could not be written ({first_line(error)}). The "
-                        "checkpoint is kept: make room, then go on with --resume") from None
-    shutil.rmtree(checkpoint_of(run.args.out))
+    """Rank 0: make --out an ordinary Hugging Face folder; the checkpoint goes only when that is on disk."""
+    out = Path(run.args.out)
+    with writing(out):
+        run.lm.save_pretrained(out)
+        run.tokenizer.save_pretrained(out)
+        for path in out.iterdir():
+            to_disk(path)
+        (out / "checkpoint.pt").unlink()
 
 
-def write_model(run, folder):
-    run.lm.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
+# ==== 6. From the command line ==============================================================================
 
-
-def flush(folder):
-    """Have a folder and the files in it on disk, not in a cache."""
-    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def checkpoint_of(out):
-    """The current checkpoint of a run's folder, or None: a folder bears this name only once it is whole."""
-    return max((p for p in Path(out).glob("checkpoint-*") if p.suffix != ".tmp"), default=None)
-
-
-def load_state(folder, a, data_hash):
-    """The saved state of a checkpoint. Raises UserError when it is damaged or belongs to another run."""
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        saved = state["args"]
-    except Exception as error:
-        raise UserError(f"{folder}/state.pt: damaged ({first_line(error)}); restore it, or delete the folder "
-                        "to start afresh") from None
-    differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
-              for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
-    if state["data"] != data_hash:
-        differ.append(f"the content of {a.data or 'the classroom'}")
-    if differ:
-        raise UserError(f"{folder} belongs to another run; it differs in {', '.join(differ)}. Restore that, "
-                        "or name another --out")
-    return state
-
-
-def restore(run, state):
-    """Go on from `state`: position, optimizer, averages, rewritten responses; the weights are loaded."""
-    run.step, run.seconds = state["step"], state["seconds"]
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.tracker.load_state_dict(state["tracker"])
-    run.rewrites.update({i: array("i", ids.tolist()) for i, ids in state["rewrites"].items()})
-    for i, ids in run.rewrites.items():
-        run.examples[i].response_ids = ids
-
-
-def start_files(run):
-    """Write args.json; drop what the logs say of steps after the checkpoint: these will be run again."""
-    write_whole(Path(run.args.out, "args.json"), json.dumps(vars(run.args), indent=1) + "\n")
-    for path in (Path(run.args.out, name) for name in ("log.jsonl", "rewrites.jsonl")):
-        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []   # the last one may be cut
-        write_whole(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step))
-
-
-def write_whole(path, text):
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, "utf-8")
-    os.replace(draft, path)
-
-
-# ==== 6. Arguments and reports ==============================================================================
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
+def read_flags(argv, flags, doc, own, runs=False):
+    """(Namespace with every flag's value, names of those given). Unset ones take the table's first column of
+    values where the flag `own` is given, else the classroom's."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: sys.exit(f"{message}; see --help")
+    if runs:
+        parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="folders or hub names, before all flags")
+    for flag, usual, classroom, allowed, text in flags:
+        kind, choices = type(classroom), None if isinstance(allowed, tuple) else allowed
+        more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                {"nargs": "+", "choices": choices} if kind is list else {"type": kind, "choices": choices})
+        interval = "" if choices or not allowed else f", from {allowed[0]} to {allowed[1]}"
+        parser.add_argument(f"--{flag}", help=f"{text} (default {usual}, classroom {classroom}{interval})", **more)
+    given = vars(parser.parse_args(argv))
+    column = 1 if given.get(own) else 2
+    for flag, usual, _, allowed, _ in flags:
+        value = given.get(flag.replace("-", "_"))
+        if value is not None and isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
+            sys.exit(f"--{flag} must lie between {allowed[0]} and {allowed[1]}, got {value}")
+        if value is not None and column == 1 and usual is None:
+            sys.exit(f"--{flag} belongs to the classroom: leave out --{own}")
+    values = {row[0].replace("-", "_"): row[column] for row in flags}
+    return argparse.Namespace(**values | given), given.keys()
 
 
 def parse(argv):
-    """Arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face folder or hub name; with --data")
-    parser.add_argument("--data", help="a JSONL file; with --model")
-    parser.add_argument("--out", help="output folder (out/<method>-seed<seed>)")
-    parser.add_argument("--method", choices=METHODS, default="cadft", help="token loss and weighting (cadft)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
-    parser.add_argument("--prompt-field", help="JSONL field of the prompt (prompt)")
-    parser.add_argument("--response-field", help="JSONL field of the response (response)")
-    parser.add_argument("--prompt-template", help='wraps each prompt, e.g. "{prompt} Reason step by step."')
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="(bfloat16 on CUDA)")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                        help="recompute activations in the backward pass (on for your own model)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of incompatible demonstrations (all)")
-    for flag, type_, paper, classroom, interval, text in FLAGS:
-        parser.add_argument("--" + flag, type=type_, metavar=type_.__name__.upper(),
-                            help=f"{text} (paper {paper}, classroom {classroom}, range {interval})")
-    a = parser.parse_args(argv)
+    """The arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
+    a, given = read_flags(argv, FLAGS, __doc__, "model")
     if bool(a.model) != bool(a.data):
-        raise UserError("--model and --data go together; with neither, the classroom runs")
-    if a.steps is not None and a.epochs is not None:
-        raise UserError("--steps and --epochs exclude each other")
-    if a.prompt_template is not None and "{prompt}" not in a.prompt_template:
-        raise UserError("--prompt-template has no {prompt} in it: the prompt would be lost")
-    fill_in(a)
+        sys.exit("--model and --data go together; with neither, the classroom runs")
+    if given >= {"steps", "epochs"}:
+        sys.exit("--steps and --epochs exclude each other")
+    if "{prompt}" not in a.prompt_template:
+        sys.exit("--prompt-template has no {prompt} in it: the prompt would be lost")
+    a.steps = 0 if "epochs" in given else a.steps
+    a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
+    a.out = a.out or f"out/{a.method}-seed{a.seed}"
+    a.dtype = a.dtype or ("bfloat16" if CUDA else "float32")
     return a
 
 
-def fill_in(a):
-    own = bool(a.model)
-    if own and a.kinds:
-        raise UserError("--kinds belongs to the classroom: leave out --model and --data")
-    for flag, type_, paper, classroom, interval, _ in FLAGS:
-        name = flag.replace("-", "_")
-        value, default = getattr(a, name), paper if own else classroom
-        if value is None and not (flag in ("steps", "epochs") and (a.steps or a.epochs)):
-            setattr(a, name, default)
-        elif value is not None and not within(value, interval):
-            raise UserError(f"--{flag} must lie in {interval}, got {value}")
-        elif value is not None and default is None and flag not in ("steps", "epochs"):
-            raise UserError(f"--{flag} belongs to the classroom: leave out --model and --data")
-    a.kinds = a.kinds or ([] if own else list(KINDS))
-    a.out = a.out or f"out/{a.method}-seed{a.seed}"
-    a.dtype = a.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    a.gradient_checkpointing = own if a.gradient_checkpointing is None else a.gradient_checkpointing
+def prepare(a, world, rank):
+    """Load and check what a run needs, and say what it will do. Returns the run, or None where it is finished."""
+    dtype = torch.float64 if a.dtype == "float64" else torch.float32
+    lm, tokenizer, off = load_model(a.model or base_folder(a), dtype)
+    examples, cut, dropped = load_examples(a, tokenizer)
+    a.steps = a.steps or a.epochs * (len(examples) // a.batch_size)
+    check_sizes(a, examples, lm, world)
+    content = hashlib.sha256()
+    for ids in (ids for e in examples for ids in (e.prompt_ids, e.response_ids)):
+        content.update(b"%d:" % len(ids) + ids.numpy().tobytes())
+    a.data_sha256 = content.hexdigest()
+    found = finished(a.out), Path(a.out, "checkpoint.pt").exists()
+    if len(set(gather_objects((a.data_sha256, found)))) > 1:
+        sys.exit("the processes differ in their data, or in what --out holds: give all nodes the same files")
+    if any(found):
+        check_same_run(a)
+    if found[0]:
+        return say(f"{a.out} holds a finished run; nothing to do")
+    run = new_run(a, lm, tokenizer, examples, world, rank)
+    restore(run)
+    describe(run, f"{cut:,} cut at {a.max_length} tokens, {dropped:,} without room", off)
+    return run
 
 
-def within(value, interval):
-    low, high = map(float, interval[1:-1].split(","))
-    at_an_open_end = value == low and interval[0] == "(" or value == high and interval[-1] == ")"
-    return low <= value <= high and not at_an_open_end
+def new_run(a, lm, tokenizer, examples, *world_and_rank):
+    """A run at its beginning."""
+    if a.gradient_checkpointing:
+        old_name = lm.gradient_checkpointing_enable             # in transformers 5.17, say
+        getattr(lm, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
+    tracker = cadft.CompatibilityEMA(len(examples), a.ema_decay)
+    return Run(a, lm, tokenizer, examples, optimizer, tracker, *world_and_rank)
 
 
 def check_sizes(a, examples, lm, world):
     """What can be known to fail before the first step."""
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or INF
-    token = max(max(*e.prompt_ids, *e.response_ids) for e in examples)
-    known = len(lm.get_input_embeddings().weight)
-    if a.max_length > positions:
-        raise UserError(f"--max-length {a.max_length}: the model has {positions} positions; give no more")
-    if a.batch_size > len(examples):
-        raise UserError(f"--batch-size {a.batch_size}: there are {len(examples)} usable examples; give less")
-    if a.batch_size % world:
-        raise UserError(f"--batch-size {a.batch_size}: not a multiple of the {world} processes; give one")
-    if token >= known:
-        raise UserError(f"the data has token {token}, the model only {known}: is this its own tokenizer?")
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    token = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, e.response_ids))
+    known, n = len(lm.get_input_embeddings().weight), len(examples)
+    for wrong, what in (
+            (a.max_length > positions, f"--max-length {a.max_length}: the model has {positions} positions"),
+            (a.batch_size > n, f"--batch-size {a.batch_size}: there are only {n} usable examples"),
+            (a.batch_size % world, f"--batch-size {a.batch_size}: not a multiple of the {world} processes"),
+            (token >= known, f"the data has token {token}, the model only {known}: is this its own tokenizer?")):
+        if wrong:
+            sys.exit(what)
 
 
-def describe(run, cut, dropped, off, world, device):
-    """What the run will do."""
-    a, n = run.args, len(run.examples)
+def check_same_run(a):
+    """--resume may change nothing that changes the result."""
+    try:
+        saved = json.loads(Path(a.out, "args.json").read_text("utf-8"))
+        differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
+                  for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        sys.exit(f"{a.out}/args.json: damaged; restore it, or name another --out ({error})")
+    if differ:
+        sys.exit(f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
+
+
+def describe(run, lengths, off):
+    """Say what the run will do."""
+    a, n, K = run.args, len(run.examples), max(1, run.args.rewrite_every)
     per_epoch, size = n // a.batch_size, sum(p.numel() for p in run.lm.parameters())
-    rounds = [t for t in range(1, a.steps + 1) if rewriting_due(t, a)]
-    useful = [t for t in rounds if t > per_epoch]              # before that nothing has been seen twice
-    at = ", ".join(map(str, useful[:3])) + (f", ... {useful[-1]}" if len(useful) > 3 else "")
-    why = ("this method does not rewrite" if not METHODS[a.method][1] else
-           "--rewrite-every is 0" if not a.rewrite_every else
-           f"no step up to {a.steps} is due, T_warm {a.rewrite_after}, K {a.rewrite_every}" if not rounds else
-           f"no example is seen twice before step {per_epoch + 1}, after the last round")
-    values = " ".join(f"{flag} {getattr(a, flag.replace('-', '_')):g}" for flag, *_ in FLAGS
-                      if getattr(a, flag.replace("-", "_")) is not None)
-    lines = [f"{a.method}: {n:,} examples ({cut:,} cut at {a.max_length} tokens, {dropped:,} without room)",
-             f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {device.type} x {world}",
-             f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,}, {n % a.batch_size} left out",
-             textwrap.fill(f"in force: {values}", 108, subsequent_indent="  ", break_on_hyphens=False),
-             "rewriting: " + (f"can happen after {len(useful)} steps ({at})" if useful else f"can't, {why}")]
-    if off:
-        lines.append(f"dropout set to 0: {', '.join(off)}")
-    if not cadft.plain_head(run.lm):
-        lines.append("this model alters its logits after the projection; keeping them whole takes memory")
-    if run.step:
-        lines.append(f"going on after step {run.step}")
-    say(*lines)
+    late = a.rewrite_after + K * max(0, -((a.rewrite_after - per_epoch - 1) // K))  # in the first epoch all is new
+    rounds = range(late or K, a.steps + 1, K) if rewriting_due(late, a) else range(0)
+    at = ", ".join(map(str, rounds[:3])) + (f", ... {rounds[-1]}" if len(rounds) > 3 else "")
+    say(f"{a.method}: {n:,} examples ({lengths})",
+        f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {DEVICE.type} x {run.world}",
+        f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,}, {n % a.batch_size} left out",
+        f"rewriting: can happen after {len(rounds)} steps ({at})" if rounds else
+        f"rewriting: can't, with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and no example seen "
+        f"twice before step {per_epoch + 1}",
+        *[f"dropout set to 0: {', '.join(off)}"] * bool(off),
+        *["this model alters its logits after the projection: all of them are kept"] * (not cadft.plain_head(run.lm)),
+        *[f"going on after step {run.step}"] * bool(run.step))
 
 
 def report(run):
-    """What happened, from the files of the run; by kind where kinds are known."""
-    out = run.args.out
-    log, rewrites = (
-        [row for _, row in read_jsonl(Path(out, name))] for name in ("log.jsonl", "rewrites.jsonl"))
+    """Say what happened, from the files of the run; by kind where kinds are known."""
+    log, rewrites = ([row for _, row in read_jsonl(Path(run.args.out, name))] for name in LOGS)
+    first, last = ([row for row in log if row["epoch"] == log[i]["epoch"]] for i in (0, -1))
 
     def mean(kind, name, rows):
         seen = [row["kinds"][kind] for row in rows if kind in row["kinds"]]
         return sum(k["n"] * k[name] for k in seen) / sum(k["n"] for k in seen) if seen else math.nan
 
-    first, last = ([row for row in log if row["epoch"] == log[i]["epoch"]] for i in (0, -1))
-    kinds = sorted({kind for row in log for kind in row["kinds"]})
-    if kinds:
-        say("kind       examples  c_raw first epoch    last  c_hat     w  rewrites")
-    for kind in kinds:
+    lines = ["kind       c_raw first epoch    last  c_hat     w  rewrites"]
+    for kind in sorted({kind for row in log for kind in row["kinds"]}):
         done = sum(row["kind"] == kind and "new" in row for row in rewrites)
-        size = sum(e.kind == kind for e in run.examples) if kind != "rewritten" else len(run.rewrites)
-        say(f"{kind:10}{size:9}{mean(kind, 'c_raw', first):19.3f}{mean(kind, 'c_raw', last):8.3f}"
-            f"{mean(kind, 'c_hat', log):7.2f}{mean(kind, 'w', log):6.2f}{done:10}")
-    new = sum("new" in row for row in rewrites)
-    say(f"nll {log[0]['nll']:.3f} -> {log[-1]['nll']:.3f}; {new} rewrites, {len(rewrites) - new} picked but "
-        f"kept; {run.seconds:.0f} s", f"model: {out}    evaluate it: python evaluate.py {out}")
+        lines.append(f"{kind:10}{mean(kind, 'c_raw', first):18.3f}{mean(kind, 'c_raw', last):8.3f}"
+                     f"{mean(kind, 'c_hat', log):7.2f}{mean(kind, 'w', log):6.2f}{done:10}")
+    new, nll = sum("new" in row for row in rewrites), [sum(r["nll"] for r in some) / len(some) for some in (first, last)]
+    say(*lines * (len(lines) > 1), f"nll {nll[0]:.3f} in the first epoch, {nll[1]:.3f} in the last; {new} rewrites, "
+        f"{len(rewrites) - new} picked but kept; {run.seconds:.0f} s",
+        f"model: {run.args.out}    evaluate it: python evaluate.py {run.args.out}")
+
+
+@guarded
+def main(argv):
+    """train.py. Rank 0 claims the folder and makes the base model; the others wait for it to join them."""
+    a, first = parse(argv), int(os.environ.get("RANK", 0)) == 0
+    claimed = first and claim(a)
+    try:
+        if not a.model:
+            torch.set_num_threads(THREADS)
+            if first and not finished(base_folder(a)):
+                make_base(a)
+        run = prepare(a, *join())
+    except BaseException:
+        if claimed:                                             # nothing was computed: the folder is free again
+            shutil.rmtree(a.out)
+        raise
+    code = train(run) if run else 0
+    if run and run.rank == 0 and code == 0:
+        finish(run)
+        report(run)
+    return code
 
 
 # ==== 7. The classroom ======================================================================================
 
-KINDS = ("wrong", "cipher", "terse", "junk")                   # of incompatible demonstrations
-CHARACTERS = "0123456789+=,:>?#|abcdefghijklmnopqrstuvwxyz"
 BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=128, initializer_range=0.05,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0})   # 10000 is made for longer texts
-BASE_STEPS, BASE_BATCH, BASE_LR, BASE_WARMUP = 900, 32, 2e-3, 50
-COMPETENT, FIRST_LOOK, LOOK_EVERY = 0.25, 150, 25              # stop when this share of sums is right
-THREADS = 2                                                    # fixed: their number changes the last digits
+            max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0})      # 10000 is made for longer texts
+# the base model's run: on its own corpus, from random weights, until this share of sums is right
+BASE_RUN = dict(method="sft", steps=900, batch_size=32, lr=2e-3, warmup_ratio=0.055, weight_decay=0.01, clip=1.0,
+                dtype="float32", gradient_checkpointing=False, save_every=MANY)
+DOCUMENTS, COMPETENT = 9600, 0.25
+THREADS = 2                                                     # fixed: their number changes the last digits
 
 
 def addition(a, b, slip=lambda column, total: total):
@@ -798,19 +810,14 @@ def addition(a, b, slip=lambda column, total: total):
     return f"{','.join(steps)}>{carry or ''}{digits}"
 
 
-def problems(digits, n, name, without=()):
+def problems(digits, n, name="test", without=()):
     """n different pairs of numbers of so many digits, drawn by name, none of them in `without`."""
     low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
     if n + len(without) > span * span:
-        raise UserError(f"--classroom-size {n}: there are not so many sums of {digits}-digit numbers")
+        sys.exit(f"--classroom-size {n}: there are not so many sums of {digits}-digit numbers")
     drawn = random.Random(name).sample(range(span * span), n + len(without))
     pairs = [(low + i // span, low + i % span) for i in drawn]
     return [pair for pair in pairs if pair not in without][:n]
-
-
-def test_problems(digits=3, n=100):
-    """The held-out problems, the same for every seed: [(prompt, sum), ...]."""
-    return [(f"{a}+{b}:", a + b) for a, b in problems(digits, n, "test")]
 
 
 def is_sum(text, total):
@@ -819,27 +826,22 @@ def is_sum(text, total):
 
 
 def classroom_rows(a, split="train"):
-    """The demonstrations as rows of a JSONL file: ("where", {prompt, response, kind})."""
-    held_out = set(problems(a.classroom_digits, 100, "test"))
-    draw = random.Random(f"{split} {a.seed} kinds")
-    pairs = problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out)
-    for number, (x, y) in enumerate(pairs, 1):
+    """The demonstrations as rows of a JSONL file, none of them a test problem: ("where", {prompt, ...})."""
+    draw, held_out = random.Random(f"{split} {a.seed} kinds"), set(problems(a.classroom_digits, 100))
+    for x, y in problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out):
         kind = draw.choice(a.kinds) if draw.random() < a.incompatible else "right"
-        row = {"prompt": f"{x}+{y}:", "response": demonstration(x, y, kind, draw), "kind": kind}
-        yield f"demonstration {number}", row
+        yield f"{x}+{y}", {"prompt": f"{x}+{y}:", "response": demonstration(x, y, kind, draw), "kind": kind}
 
 
 def demonstration(x, y, kind, draw):
-    if kind == "wrong":
-        at, by = draw.randrange(len(str(max(x, y)))), draw.randrange(1, 20)   # another total, carried on
+    """A response to x+y of one kind."""
+    if kind == "wrong":                                         # another total in one column, carried on
+        at, by = draw.randrange(len(str(max(x, y)))), draw.randrange(1, 20)
         return addition(x, y, lambda column, total: (total + by) % 20 if column == at else total)
-    if kind == "cipher":
-        return addition(x, y).translate(str.maketrans("0123456789", "abcdefghij"))
-    if kind == "terse":
-        return f">{x + y}"
-    if kind == "junk":
-        return "".join(draw.choices("klmnopqrstuvwxyz", k=draw.randint(10, 20))) + f">{x + y}"
-    return addition(x, y)
+    noise = "".join(draw.choices("klmnopqrstuvwxyz", k=draw.randint(10, 20))) if kind == "junk" else ""
+    worked = "" if kind in ("terse", "junk") else addition(x, y).rpartition(">")[0]
+    text = f"{noise}{worked}>{x + y}"
+    return text.translate(str.maketrans("0123456789", "abcdefghij")) if kind == "cipher" else text
 
 
 def base_document(draw):
@@ -849,156 +851,61 @@ def base_document(draw):
         first = draw.choice((1, 2, 2, 3, 3, 3))
         second = first if draw.random() < 0.7 else draw.randint(1, 3)
         a, b = (draw.randrange(10 ** (n - 1), 10 ** n) for n in (first, second))
-        slip = lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total
-        return f"{a}+{b}:" + addition(a, b, slip)
+        return f"{a}+{b}:" + addition(a, b, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
     if kind < 0.9:
-        text = "".join(draw.choices("0123456789" if kind < 0.8 else CHARACTERS[-26:], k=draw.randint(2, 8)))
+        letters = "0123456789" if kind < 0.8 else "abcdefghijklmnopqrstuvwxyz"
+        text = "".join(draw.choices(letters, k=draw.randint(2, 8)))
         return f"{text}|{text}"
     start, stride = draw.randrange(100), draw.randint(1, 5)
     return ",".join(str(start + i * stride) for i in range(draw.randint(3, 8)))
 
 
-def classroom_tokenizer():
-    """One token a character, as an ordinary Hugging Face tokenizer."""
-    import tokenizers      # comes with transformers
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *CHARACTERS])}, unk_token="?"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>",
-                                                eos_token="<eos>", unk_token="?", model_max_length=128)
+def base_folder(a):
+    """Where the classroom's base model lies: beside the runs, one for each seed."""
+    return Path(a.out).parent / f"base-seed{a.seed}"
 
 
-def train_base(folder, seed, device):
-    """Train the classroom's base model until it is half-competent; keep it as `folder`, whole or not at all.
+def make_base(a):
+    """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden draft.
 
     The stop is by competence, not by step: learning to add comes suddenly, at another step for each seed.
     """
-    tokenizer, draw = classroom_tokenizer(), random.Random(f"base {seed}")
-    torch.manual_seed(seed)
+    folder, draw = base_folder(a), random.Random(f"base {a.seed}")
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # where several runs make it, the first one's stays
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
+    own = argparse.Namespace(**vars(a) | BASE_RUN | {"out": str(draft)})
+    texts = (base_document(draw) for _ in range(DOCUMENTS))
+    rows = (("document", {"prompt": text[0], "response": text[1:]}) for text in texts)
+    torch.manual_seed(a.seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **BASE)).to(device).train()
-    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = argparse.Namespace(lr=BASE_LR, steps=BASE_STEPS, warmup_ratio=BASE_WARMUP / BASE_STEPS)
-    look = problems(3, 64, "validation", set(problems(3, 100, "test")))
-    bar = tqdm(total=BASE_STEPS, desc=f"base model {folder.name}", unit="step", disable=None)
-    for step in range(1, BASE_STEPS + 1):
-        optimizer.param_groups[0]["lr"] = 0.1 * BASE_LR + 0.9 * learning_rate(step, schedule)
-        texts = [base_document(draw) for _ in range(BASE_BATCH)]
-        rows = [Example(0, [tokenizer.bos_token_id], ids + [tokenizer.eos_token_id])
-                for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        batch = collate(rows, tokenizer, device)
-        nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
-        (nll.sum() / mask.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        if step >= FIRST_LOOK and step % LOOK_EVERY == 0:
-            right = competence(lm, tokenizer, 2 * look, key(seed, "look", step))
-            bar.set_postfix(right=f"{right:.0%}")
-            if right >= COMPETENT:
-                break
-    bar.close()
-    say(f"{folder}: right on {right:.0%} of {len(look)} sums, two samples each, after {step} steps")
-    draft = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    lm.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    flush(draft)
-    try:
-        os.replace(draft, folder)
-    except OSError:                                            # another run was faster: its base is the same
-        shutil.rmtree(draft)
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE).train()
+    run, right = new_run(own, lm, tokenizer, load_examples(own, tokenizer, rows)[0]), [0.0]
+
+    def competent(run):
+        if run.step >= 150 and run.step % (25 if right[-1] < COMPETENT / 2 else 5) == 0:   # at the end it comes fast
+            right.append(competence(run))
+        return right[-1] >= COMPETENT
+
+    draft.mkdir()
+    start_files(run, {})
+    code = train(run, until=competent)
+    if code == 0:
+        finish(run)
+        say(f"{folder}: right on {right[-1]:.0%} of sums, sampled, after {run.step} steps")
+        with contextlib.suppress(OSError):
+            os.replace(draft, folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    if code:
+        sys.exit(code)
 
 
-def competence(lm, tokenizer, pairs, seed):
-    """The share of sums that the model gets right when sampled at temperature 1."""
-    prompts = encode_prompts(tokenizer, [[{"content": f"{a}+{b}:"}] for a, b in pairs], pairs)
-    eos = tokenizer.eos_token_id
-    samples = cadft.nucleus_rewrite(lm, prompts, [eos], tokenizer.pad_token_id, 64, 1.0, 1.0, seed)
-    return sum(ids[-1] == eos and is_sum(tokenizer.decode(ids[:-1]), a + b)
-               for ids, (a, b) in zip(samples, pairs)) / len(pairs)
-
-
-# ==== 8. From the command line ==============================================================================
-
-def prepare(a, device, world):
-    """Everything that can go wrong before the first step: (run, what was said of data and model)."""
-    out, resumed = Path(a.out), None
-    source = a.model or str(out.parent / f"base-seed{a.seed}")
-    tokenizer = load_tokenizer(source)
-    examples, cut, dropped = load_examples(a, tokenizer)
-    content = hashlib.sha256()
-    for ids in (ids for e in examples for ids in (e.prompt_ids, e.response_ids)):
-        content.update(b"%d:" % len(ids) + bytes(ids))
-    a.steps = a.steps or a.epochs * (len(examples) // a.batch_size)
-    if a.resume and (folder := checkpoint_of(out)):
-        resumed = load_state(folder, a, content.hexdigest())
-        source = folder
-    lm, off = load_model(source, torch.float64 if a.dtype == "float64" else torch.float32, device)
-    check_sizes(a, examples, lm, world)
-    if a.gradient_checkpointing:
-        old_name = lm.gradient_checkpointing_enable             # in transformers 5.17, say
-        getattr(lm, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
-    tracker = cadft.CompatibilityEMA(len(examples), a.ema_decay)
-    run = Run(a, lm, tokenizer, examples, content.hexdigest(), optimizer, tracker, {})
-    if resumed:
-        restore(run, resumed)
-    return run, (cut, dropped, off)
-
-
-def open_folder(a, device):
-    """Rank 0: make the output folder and the base model. Returns True when a finished run is there."""
-    out = Path(a.out)
-    if (out / "args.json").exists():
-        if not a.resume:
-            raise UserError(f"{out} holds a run: --resume goes on with it, another --out starts a new one")
-        if (out / "config.json").exists() and not checkpoint_of(out):
-            return True
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        base = out.parent / f"base-seed{a.seed}"
-        if not a.model and not base.exists():
-            train_base(base, a.seed, device)
-    except OSError as error:
-        raise UserError(f"{out}: can't be written ({error.strerror}); name another --out") from None
-    return False
-
-
-def main(argv=None):
-    """Run train.py with these arguments. Returns the exit code: 0, 2 (mistake in the input), 128 + signal."""
-    try:
-        a, device = parse(argv), start_processes()
-        world, rank = world_and_rank()
-        if not a.model:
-            torch.set_num_threads(THREADS)
-        if together(open_folder, a, device, rank0=True):
-            say(f"{a.out} holds a finished run; nothing to do")
-            return 0
-        run, facts = together(prepare, a, device, world)
-        describe(run, *facts, world, device)
-        together(start_files, run, rank0=True)
-        code = train(run, world, rank, device)
-        if code == 0:
-            together(finish, run, rank0=True)
-            report(run) if rank == 0 else None
-        return code
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except (OSError, torch.OutOfMemoryError) as error:         # of one rank; torchrun ends the others
-        more = ("; micro-batches do not bound what one forward of the step keeps: take more processes, "
-                "--gradient-checkpointing, a smaller --max-length or --batch-size")
-        print(f"train.py: {first_line(error)}{'' if isinstance(error, OSError) else more}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:                           # before the loop, where there is nothing to save
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def competence(run):
+    """The share of 64 validation sums, twice each, that the model gets right when sampled at temperature 1."""
+    pairs, decode = 2 * problems(3, 64, "validation", set(problems(3, 100))), run.tokenizer.decode
+    prompts = run.tokenizer([f"{a}+{b}:" for a, b in pairs], add_special_tokens=False)["input_ids"]
+    samples = cadft.nucleus_rewrite(run.lm, prompts, [1], 0, 64, top_p=1.0, temperature=1.0, seed=key(run.step))
+    right = [ids[-1] == 1 and is_sum(decode(ids[:-1]), a + b) for ids, (a, b) in zip(samples, pairs)]
+    return sum(right) / len(right)
 
 
 if __name__ == "__main__":
