@@ -53,6 +53,7 @@ FLAGS = [
     ("seed", 0, 0, (0, 10 ** 9), "of sampling; each run's own seed is mixed in"),
     ("limit", 0, 0, (0, train.MANY), "only so many problems of each file (or demonstrations); 0: all"),
     ("classroom-digits", 0, 0, [0, 2, 3, 4, 5, 6], "of the sums; 0: as many as the run learned"),
+    ("classroom-carries", 0, 0, (0, 6), "only those of the sums with so many carries or more"),
     ("prompt-template", "", "", None, 'wraps each question: "{prompt} Reason step by step." (the run\'s own)'),
     ("against", "dft", "dft", None, "the row that the others are compared to"),
     ("out", "", "", None, "folder for eval-NAME.jsonl (beside the model)"),
@@ -138,17 +139,12 @@ def find_runs(a):
 
 def candidate(path):
     """What a folder says about the run in it."""
-    folder, args = Path(path), {}
+    folder, args = Path(path), train.read_args(path)
     hub = len(folder.parts) == 1 or len(folder.parts) == 2 and not folder.parent.is_dir()      # owner/name
     if not folder.is_dir() and (folder.exists() or not hub):
         sys.exit(f"{path}: no such folder; name that of a run, or a hub name")
     if folder.is_dir() and not train.finished(folder):
         sys.exit(f"{path}: no finished model there (no config.json, or a checkpoint): train.py --resume finishes a run")
-    if (folder / "args.json").exists():
-        try:
-            args = dict(json.loads((folder / "args.json").read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            sys.exit(f"{path}/args.json: not readable ({error})")
     base = re.fullmatch(r"base-seed([0-9]+)", folder.name)
     return Candidate(path, "base" if base else str(args.get("method", path)), int(base[1]) if base else args.get("seed"),
                      args)
@@ -244,8 +240,9 @@ def classroom_problems(run, a):
     """{name: problems}: held-out sums, with as many digits as in the run's demonstrations."""
     digits = a.classroom_digits or run.args.get("classroom_digits") or 3
     some = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum", "where": f"{x}+{y}"}
-            for x, y in train.problems(digits, 100)]
-    return {"classroom" if digits == 3 else f"classroom-{digits}-digits": some[:a.limit or None]}
+            for x, y in train.problems(digits, 100) if train.carries(x, y) >= a.classroom_carries]
+    name = "classroom" + f"-{digits}-digits" * (digits != 3) + f"-{a.classroom_carries}-carries" * (a.classroom_carries > 0)
+    return {name: some[:a.limit or None]}
 
 
 def load_problems(path, limit=0):

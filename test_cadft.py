@@ -274,6 +274,20 @@ def test_dft_raises_the_probability_of_every_token_also_below_1_over_e(p):
     torch.testing.assert_close(nll.grad, torch.tensor([[p]], dtype=torch.float64))
 
 
+def test_focal_loss_by_hand_at_its_limit_and_against_the_naive_gradient():
+    torch.testing.assert_close(cadft.focal_loss(NLL, MASK, 0), cadft.sft_loss(NLL, MASK))
+    logits = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    p = logits.sigmoid()
+    naive = (-(1 - p) ** 2 * p.log()).mean()
+    ours = cadft.focal_loss(-p.log()[None], torch.ones(1, 4, dtype=torch.bool))[0]
+    torch.testing.assert_close(ours, naive)
+    for x, y in zip(*(torch.autograd.grad(loss, logits, retain_graph=True) for loss in (ours, naive))):
+        torch.testing.assert_close(x, y)
+    nll = torch.tensor([[3.0, 0.1]], requires_grad=True)       # hard tokens keep their gradient, easy ones lose it
+    cadft.focal_loss(nll, torch.ones(1, 2, dtype=torch.bool)).backward()
+    assert nll.grad[0, 0] > 10 * nll.grad[0, 1] > 0
+
+
 def test_cadft_loss_divides_by_the_batch_and_beta_0_is_dft():
     loss, w = (torch.tensor(x, requires_grad=True) for x in ([1.0, 2.0, 6.0], [1.0, 0.5, 0.25]))
     total = cadft.cadft_loss(loss, w)
@@ -435,6 +449,74 @@ def test_what_ended_ends_with_eos_and_the_rest_was_cut_off():
     assert all(not set(ids[:-1]) & set(stops) for ids in out)
     ended = [ids for ids in out if ids[-1] in stops]
     assert 0 < len(ended) < 200 and all(len(ids) == 12 for ids in out if ids[-1] not in stops)
+
+
+# ==== Vision-language models ===============================================================================
+
+IMAGE = 2                       # the placeholder's id, which plain_head tries too; an image is four of them
+
+
+@pytest.fixture(params=("qwen2_vl", "qwen2_5_vl", "llava", "smolvlm"))
+def sees(request):
+    """A random vision-language model in float64 for images of 8 x 8 pixels."""
+    qwen = request.param.startswith("qwen")
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    rope = dict(rope_type="default", rope_theta=100.0) | (dict(mrope_section=[2, 3, 3]) if qwen else {})
+    text = size | dict(vocab_size=48, num_key_value_heads=1, rope_parameters=rope, pad_token_id=0,
+                       bos_token_id=1, eos_token_id=1) | ({} if qwen else dict(model_type="llama"))
+    tower = size | (dict(depth=2, num_heads=2, embed_dim=32, out_hidden_size=32, patch_size=2) if qwen else
+                    dict(image_size=8, patch_size=4 if request.param == "llava" else 2))
+    lm = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(
+        request.param, text_config=text, vision_config=tower, image_token_id=IMAGE)).double().eval()
+    torch.manual_seed(0)
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.5)                      # with the usual 0.02 no image would matter
+    return lm
+
+
+def test_train_says_that_it_is_for_text(sees, made, tmp_path, capsys):
+    sees.save_pretrained(tmp_path / "model")
+    characters().save_pretrained(tmp_path / "model")
+    run("--model", tmp_path / "model", "--data", made["data"], "--out", tmp_path / "out", code=2)
+    assert "this one is for text" in capsys.readouterr().err
+
+
+def images(lm, ids, first=0):
+    """What else the model needs for the rows ids [B, T] when row i shows image first + i."""
+    kind, draw = lm.config.model_type, torch.Generator().manual_seed(0)
+    shape = {"llava": (3, 8, 8), "smolvlm": (1, 3, 8, 8)}.get(kind, (16, 24))    # 16 patches of 2x2x2 x 3
+    pixels = torch.randn(3, *shape, generator=draw, dtype=torch.float64)[first:first + len(ids)]
+    return dict(pixel_values=pixels) if kind in ("llava", "smolvlm") else dict(
+        pixel_values=pixels.flatten(0, 1), image_grid_thw=torch.tensor([[1, 4, 4]] * len(ids)),
+        mm_token_type_ids=(ids == IMAGE).long())
+
+
+def test_nll_of_vision_language_models_is_that_of_their_own_logits_row_by_row(sees):
+    ids, seen, labels = some_batch([(6, 4), (9, 2), (7, 7)])
+    ids[:, 1:5] = IMAGE
+    nll, mask = cadft.token_nll(sees, ids, seen, labels, 3, **images(sees, ids))
+    alone = []
+    for i, length in enumerate(seen.sum(1)):
+        row, keep = ids[i:i + 1, :length], mask[i, :length - 1]
+        logits = sees(input_ids=row, **images(sees, row, i)).logits[0, :-1][keep]
+        alone.append(torch.nn.functional.cross_entropy(logits, row[0, 1:][keep], reduction="none"))
+    torch.testing.assert_close(nll[mask], torch.cat(alone), rtol=1e-12, atol=1e-12)
+    ours, expected = (torch.autograd.grad(x.sum(), list(sees.parameters()), materialize_grads=True)
+                      for x in (nll, torch.cat(alone)))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert all(g.any() for (name, _), g in zip(sees.named_parameters(), ours) if "patch_embed" in name)
+
+
+def test_greedy_rewriting_looks_at_the_images_whatever_the_padding(sees):
+    prompts = [[7, *[IMAGE] * 4, *tail] for tail in ([9], [30, 12, 5], [8, 21])]
+    left = torch.tensor([[0] * (8 - len(p)) + p for p in prompts])
+    together = cadft.nucleus_rewrite(sees, prompts, [1], 0, 8, temperature=0, suppress_tokens=[IMAGE],
+                                     **images(sees, left))
+    for i, (prompt, got) in enumerate(zip(prompts, together)):
+        for n, token in enumerate(got):
+            row = torch.tensor([prompt + got[:n]])
+            z = sees(input_ids=row, **images(sees, row, i)).logits[0, -1]
+            assert token == z.index_fill(0, torch.tensor(IMAGE), -torch.inf).argmax()
 
 
 # ==== The loop =============================================================================================

@@ -11,7 +11,7 @@ Where this loop departs from the textbook:
  3. A step's data and random numbers depend on (seed, step) alone: not on the number of ranks, the size of the
     micro-batches, or what went before. So a resumed run is the uninterrupted one.
  4. Weights are float32; bfloat16 is autocast over them. Dropout is off: it would depend on the sharding.
-A mistake in the input ends in sys.exit("one line"), wherever it is found; `guarded` says it once, with code 2.
+ 5. A mistake in the input ends in sys.exit("one line") wherever it is found; `guarded` says it once.
 """
 import argparse
 import contextlib
@@ -24,7 +24,6 @@ import random
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-# read by torch when it loads: large pages for large blocks; threads that wait don't spin (runs may share cores)
+# read by torch when it loads: large pages for large blocks; threads that wait don't spin: runs may share cores
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
@@ -46,9 +45,9 @@ import cadft
 # method: token loss, and whether samples are weighted and rewritten
 METHODS = {"sft": (cadft.sft_loss, False), "focal": (cadft.focal_loss, False), "dft": (cadft.dft_loss, False),
            "casft": (cadft.sft_loss, True), "cadft": (cadft.dft_loss, True)}
-KINDS = ["wrong", "cipher", "terse", "junk"]                    # of the classroom's incompatible demonstrations
+KINDS = ["wrong", "cipher", "terse", "junk"]           # of the classroom's incompatible demonstrations
 MANY = 10 ** 12
-# flag, value for your own model (the paper's), value in the classroom, allowed (an interval or a choice), help
+# flag, value for your own model (the paper's), the classroom's, allowed (an interval or choices), help
 FLAGS = [
     ("model", "", "", None, "a Hugging Face folder or hub name; with --data"),
     ("data", "", "", None, "a JSONL file; with --model"),
@@ -84,6 +83,7 @@ FLAGS = [
     ("classroom-size", None, 640, (1, 100_000), "demonstrations in the classroom"),
     ("classroom-digits", None, 3, (2, 6), "digits of the numbers to add; the base model knows 1 to 3"),
     ("incompatible", None, 0.4, (0.0, 1.0), "share of incompatible demonstrations in the classroom"),
+    ("carries", None, 0, (0, 6), "incompatible demonstrations fall on sums with so many carries or more"),
     ("kinds", None, KINDS, KINDS, "of incompatible demonstrations"),
 ]
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
@@ -97,7 +97,7 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else
 class Example:
     """One demonstration as token ids. The response ends with end-of-sequence, unless it was cut."""
     index: int
-    prompt_ids: torch.Tensor    # [prompt tokens], int32
+    prompt_ids: torch.Tensor    # [tokens], int32
     response_ids: torch.Tensor  # [|y|], int32
     kind: str | None = None     # a label for logs and tables; training never looks at it
 
@@ -153,7 +153,7 @@ def train_step(run, net, batches):
 
 
 def train(run, until=lambda run: False):
-    """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal that ended it."""
+    """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal it obeyed."""
     a, net = run.args, ResponseNLL(run.lm, run.args.dtype == "bfloat16")
     if run.world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[DEVICE] if CUDA else None,
@@ -174,7 +174,7 @@ def train(run, until=lambda run: False):
             append(run, "log.jsonl", [row])
             bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
             bar.update()
-            if rewriting_due(run.step, a):
+            if run.step in rewriting_steps(a):
                 rewrite(run)
             done = run.step == a.steps or until(run)
             stopped = int(table["signal"].max())        # of any rank: all stop after the same step
@@ -238,8 +238,8 @@ def check_finite(table, step):
     """Stop where a loss or the gradient is not finite, and name the examples."""
     bad = sorted(table["index"][~table["loss"].isfinite()].int().tolist())
     if bad or not table["grad_norm"].isfinite().all():
-        sys.exit(f"the {'loss' if bad else 'gradient'} is not finite at step {step}, examples {bad[:8] or 'all'}: "
-                 "look at these, or try a lower --lr; the last checkpoint is untouched")
+        sys.exit(f"the {'loss' if bad else 'gradient'} is not finite at step {step}, examples "
+                 f"{bad[:8] or 'all'}: look at these, or try a lower --lr; the last checkpoint is untouched")
 
 
 def log_row(run, table, elapsed):
@@ -267,10 +267,10 @@ def log_row(run, table, elapsed):
 
 # ==== 2. Rewriting ==========================================================================================
 
-def rewriting_due(step, a):
-    """After finished step t, when t >= T_warm and (t - T_warm) mod K = 0 (paper silent: where K starts)."""
-    on = METHODS[a.method][1] and a.rewrite_every > 0
-    return on and step >= a.rewrite_after and (step - a.rewrite_after) % a.rewrite_every == 0
+def rewriting_steps(a):
+    """The steps t that a round follows: t >= T_warm, (t - T_warm) mod K = 0 (paper silent: where K starts)."""
+    on = METHODS[a.method][1] and a.rewrite_every
+    return range(a.rewrite_after or a.rewrite_every, a.steps + 1, a.rewrite_every) if on else range(0)
 
 
 def rewrite(run, chunk=64):
@@ -330,7 +330,7 @@ def load_examples(a, tokenizer, rows=None):
 
 
 def read_jsonl(path):
-    """Yield ("file, line n", row) for each line that is not blank; what can't be read is told with its line."""
+    """Yield ("file, line n", row) for each line that is not blank."""
     with open(path, "rb") as file:                              # bytes: only \n ends a line
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -350,7 +350,7 @@ def dialogue(row, a, where):
     """(turns before the response, response) of one row: the named fields, or else `messages`."""
     fields = a.prompt_field, a.response_field
     if fields != ("prompt", "response") or "messages" not in row or row.keys() >= {*fields}:
-        turns = [{"role": role, "content": row.get(name)} for role, name in zip(("user", "assistant"), fields)]
+        turns = [{"role": who, "content": row.get(name)} for who, name in zip(("user", "assistant"), fields)]
         names = [f'field "{name}"' for name in fields]
     else:
         turns = row["messages"] if isinstance(row["messages"], list) else [None]
@@ -362,7 +362,7 @@ def dialogue(row, a, where):
             sys.exit(f'{where}: "messages" needs a user turn and an assistant turn after it')
     for turn, name in zip(turns, names):
         if not isinstance(turn.get("content"), str) or not turn["content"]:
-            sys.exit(f"{where}: {name} is missing, empty or not a string; see --prompt-field, --response-field")
+            sys.exit(f"{where}: {name} is missing, empty or not a string; see --prompt-field and the like")
     return [*turns[:-2], wrap(turns[-2], a.prompt_template)], turns[-1]["content"]
 
 
@@ -373,7 +373,7 @@ def wrap(turn, template):
 
 def encode_prompts(tokenizer, dialogues, wheres):
     """Token ids of prompts: by the chat template, else the text as it is. One bos, where there is a bos."""
-    texts, bos = [], [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    texts, bos = [], tokenizer.bos_token_id
     for turns, where in zip(dialogues, wheres):
         if not tokenizer.chat_template and len(turns) > 1:
             sys.exit(f"{where}: {len(turns)} turns before the response, but no chat template")
@@ -382,8 +382,12 @@ def encode_prompts(tokenizer, dialogues, wheres):
                          if tokenizer.chat_template else turns[0]["content"])
         except Exception as error:                              # whatever the template's code raises
             sys.exit(f"{where}: the chat template refuses these turns ({error})")
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [bos + ids[next((i for i, token in enumerate(ids) if [token] != bos), len(ids)):] for ids in prompts]
+    prompts = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        while bos is not None and ids[:1] == [bos]:             # a chat template may have written it already
+            ids = ids[1:]
+        prompts.append(ids if bos is None else [bos, *ids])
+    return prompts
 
 
 # ==== 4. Model and processes ================================================================================
@@ -393,11 +397,13 @@ def load_model(path, dtype):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
+        if getattr(config, "vision_config", None):
+            raise TypeError("it reads pictures: the README has a loop for such models, this one is for text")
         off = without_dropout(config)
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
-        for tensor in (*lm.parameters(), *lm.buffers()):    # memory mapped from a file is aligned otherwise than
-            tensor.data = tensor.data.clone()               # torch's own, and some processors then round otherwise
+        for tensor in (*lm.parameters(), *lm.buffers()):    # a mapped file is aligned otherwise than torch's own
+            tensor.data = tensor.data.clone()               # memory, and some processors then round otherwise
         cadft.plain_head(lm.to(DEVICE).train())             # refuses what is not causal
     except Exception as error:                              # transformers raises many kinds
         sys.exit(f"{path}: no causal language model with its tokenizer could be loaded ({error})")
@@ -417,7 +423,7 @@ def finite(lm):
 
 def without_dropout(config):
     """Set every dropout of a config (and of its text model's) to 0; returns the names of those changed."""
-    off = [(part, name) for part in (config, config.get_text_config()) for name, value in part.to_dict().items()
+    off = [(part, name) for part in (config, config.get_text_config()) for name, value in vars(part).items()
            if "drop" in name and isinstance(value, float) and value > 0]
     for part, name in off:
         setattr(part, name, 0.0)
@@ -462,32 +468,32 @@ def say(*lines):
 
 
 def guarded(program):
-    """program(argv) as a main function, which returns the exit code: 0, 2 (a mistake in the input) or 128 + signal.
+    """program(argv) as a main function that returns the exit code: 0, 2 (a mistake), or 128 + signal.
 
     Mistakes mostly meet every process. A node's first one speaks, and torchrun ends the others while they wait;
     one that is still there was alone with its mistake, and speaks too. Then the process group goes.
     """
     def main(argv=None):
-        warnings.filterwarnings("ignore", message="`broadcast_buffers`")        # its new name is new in torch 2.13
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`")    # its new name is new in torch 2.13
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        sys.stdout.reconfigure(errors="replace")                                # a terminal may know ASCII only
+        sys.stdout.reconfigure(errors="replace")                            # a terminal may know ASCII only
         try:
             end = program(argv) or 0
         except SystemExit as exit_:
             end = exit_.code
-        except KeyboardInterrupt:                                               # outside the loop: nothing to save
+        except KeyboardInterrupt:                                           # outside the loop: nothing to save
             end = 130
+        except OSError as error:
+            end = str(error)
         except torch.OutOfMemoryError:
             end = ("out of memory; micro-batches do not bound what one forward of the step keeps: take more "
                    "processes, --gradient-checkpointing, a smaller --max-length or --batch-size")
-        except OSError as error:
-            end = str(error)
         if isinstance(end, str):
             time.sleep(10 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
-            print("error:", textwrap.shorten(end, 450), file=sys.stderr, flush=True)
+            print("error:", " ".join(end.split())[:450], file=sys.stderr, flush=True)
             end = 2
-        gc.collect()    # threads of the group must not outlive it: first goes what holds it (DDP), then the group
+        gc.collect()    # the group's threads must not outlive it: first goes what holds it (DDP), then the group
         if dist.is_initialized():
             dist.destroy_process_group()
         return end
@@ -507,7 +513,7 @@ def peak_memory():
 
 @contextlib.contextmanager
 def signals_noted(run):
-    """SIGTERM and Ctrl-C finish the step and save; another one, two seconds later, ends the process at once."""
+    """SIGTERM and Ctrl-C finish the step and save; once more, after two seconds, ends the process at once."""
     def note(number, _):
         run.signal = run.signal or number
         if time.monotonic() - first.setdefault("time", time.monotonic()) > 2:  # torchrun repeats the signal
@@ -535,7 +541,7 @@ def writing(path, then="the last checkpoint is safe: make room, and --resume goe
 
 
 def claim(a):
-    """Make --out ours, at once, so that of two runs started together the second is told. True where it is new."""
+    """Make --out ours at once: of two runs started together the second is told. True where it is new."""
     out = Path(a.out)
     if (out / "args.json").exists():
         if not a.resume:
@@ -556,12 +562,11 @@ def finished(out):
 
 
 def save(run):
-    """Rank 0: the checkpoint, written beside the old one, and renamed over it when it is on disk."""
+    """The checkpoint, written by rank 0 beside the old one, and renamed over it when it is on disk."""
+    if not finite(run.lm):
+        sys.exit(f"weights are not finite after step {run.step}: try a lower --lr; no checkpoint was touched")
     if run.rank > 0:
         return
-    if not finite(run.lm):
-        sys.exit(f"the weights are not finite after step {run.step}: try a lower --lr; the last checkpoint is "
-                 "untouched")
     out, draft = Path(run.args.out), Path(run.args.out, "checkpoint.tmp")
     state = {part: getattr(run, part).state_dict() for part in STATEFUL}
     state |= {"step": run.step, "seconds": run.seconds, "rewrites": run.rewrites,
@@ -581,7 +586,7 @@ def to_disk(path):
 def restore(run):
     """Go on from the checkpoint, if there is one; then args.json, and logs without the steps that run again.
 
-    The model was loaded as at a fresh start, and its state is copied in: memory lies as in the uninterrupted run.
+    The model was loaded as at a fresh start and its state is copied in: memory lies as if never interrupted.
     """
     out, sizes = Path(run.args.out), dict.fromkeys(LOGS, 0)
     try:
@@ -639,7 +644,8 @@ def read_flags(argv, flags, doc, own, runs=False):
         more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                 {"nargs": "+", "choices": choices} if kind is list else {"type": kind, "choices": choices})
         interval = "" if choices or not allowed else f", from {allowed[0]} to {allowed[1]}"
-        parser.add_argument(f"--{flag}", help=f"{text} (default {usual}, classroom {classroom}{interval})", **more)
+        text += f" (default {usual}, classroom {classroom}{interval})"
+        parser.add_argument(f"--{flag}", help=text, **more)
     given = vars(parser.parse_args(argv))
     column = 1 if given.get(own) else 2
     for flag, usual, _, allowed, _ in flags:
@@ -669,7 +675,7 @@ def parse(argv):
 
 
 def prepare(a, world, rank):
-    """Load and check what a run needs, and say what it will do. Returns the run, or None where it is finished."""
+    """Load and check what a run needs; say what it will do. Returns the run, or None where it is finished."""
     dtype = torch.float64 if a.dtype == "float64" else torch.float32
     lm, tokenizer, off = load_model(a.model or base_folder(a), dtype)
     examples, cut, dropped = load_examples(a, tokenizer)
@@ -682,8 +688,11 @@ def prepare(a, world, rank):
     found = finished(a.out), Path(a.out, "checkpoint.pt").exists()
     if len(set(gather_objects((a.data_sha256, found)))) > 1:
         sys.exit("the processes differ in their data, or in what --out holds: give all nodes the same files")
-    if any(found):
-        check_same_run(a)
+    saved = read_args(a.out) if any(found) else vars(a)
+    differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
+              for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
+    if differ:
+        sys.exit(f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
     if found[0]:
         return say(f"{a.out} holds a finished run; nothing to do")
     run = new_run(a, lm, tokenizer, examples, world, rank)
@@ -711,39 +720,38 @@ def check_sizes(a, examples, lm, world):
             (a.max_length > positions, f"--max-length {a.max_length}: the model has {positions} positions"),
             (a.batch_size > n, f"--batch-size {a.batch_size}: there are only {n} usable examples"),
             (a.batch_size % world, f"--batch-size {a.batch_size}: not a multiple of the {world} processes"),
-            (token >= known, f"the data has token {token}, the model only {known}: is this its own tokenizer?")):
+            (token >= known, f"the data has token {token}, the model only {known}: is it its tokenizer?")):
         if wrong:
             sys.exit(what)
 
 
-def check_same_run(a):
-    """--resume may change nothing that changes the result."""
+def read_args(folder):
+    """A run's args.json; {} where there is none."""
+    path = Path(folder, "args.json")
     try:
-        saved = json.loads(Path(a.out, "args.json").read_text("utf-8"))
-        differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
-                  for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
-    except (ValueError, AttributeError) as error:
-        sys.exit(f"{a.out}/args.json: damaged; restore it, or name another --out ({error})")
-    if differ:
-        sys.exit(f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
+        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        sys.exit(f"{path}: damaged; restore it ({error})")
 
 
 def describe(run, lengths, off):
     """Say what the run will do."""
-    a, n, K = run.args, len(run.examples), max(1, run.args.rewrite_every)
+    a, n, rounds = run.args, len(run.examples), rewriting_steps(run.args)
     per_epoch, size = n // a.batch_size, sum(p.numel() for p in run.lm.parameters())
-    late = a.rewrite_after + K * max(0, -((a.rewrite_after - per_epoch - 1) // K))  # in the first epoch all is new
-    rounds = range(late or K, a.steps + 1, K) if rewriting_due(late, a) else range(0)
+    rounds = rounds[max(0, -((rounds.start - per_epoch - 1) // rounds.step)):]      # before that, all is new
     at = ", ".join(map(str, rounds[:3])) + (f", ... {rounds[-1]}" if len(rounds) > 3 else "")
     say(f"{a.method}: {n:,} examples ({lengths})",
         f"{a.model or 'classroom base model'}: {size:,} parameters, {a.dtype}, {DEVICE.type} x {run.world}",
         f"{a.steps:,} steps of {a.batch_size}; an epoch is {per_epoch:,}, {n % a.batch_size} left out",
         f"rewriting: can happen after {len(rounds)} steps ({at})" if rounds else
-        f"rewriting: can't, with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and no example seen "
-        f"twice before step {per_epoch + 1}",
-        *[f"dropout set to 0: {', '.join(off)}"] * bool(off),
-        *["this model alters its logits after the projection: all of them are kept"] * (not cadft.plain_head(run.lm)),
-        *[f"going on after step {run.step}"] * bool(run.step))
+        f"rewriting: can't, with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and no example "
+        f"seen twice before step {per_epoch + 1}")
+    if off:
+        say(f"dropout set to 0: {', '.join(off)}")
+    if not cadft.plain_head(run.lm):
+        say("this model alters its logits after the projection: they are kept whole, which takes memory")
+    if run.step:
+        say(f"going on after step {run.step}")
 
 
 def report(run):
@@ -760,9 +768,10 @@ def report(run):
         done = sum(row["kind"] == kind and "new" in row for row in rewrites)
         lines.append(f"{kind:10}{mean(kind, 'c_raw', first):18.3f}{mean(kind, 'c_raw', last):8.3f}"
                      f"{mean(kind, 'c_hat', log):7.2f}{mean(kind, 'w', log):6.2f}{done:10}")
-    new, nll = sum("new" in row for row in rewrites), [sum(r["nll"] for r in some) / len(some) for some in (first, last)]
-    say(*lines * (len(lines) > 1), f"nll {nll[0]:.3f} in the first epoch, {nll[1]:.3f} in the last; {new} rewrites, "
-        f"{len(rewrites) - new} picked but kept; {run.seconds:.0f} s",
+    new = sum("new" in row for row in rewrites)
+    nll = [sum(row["nll"] for row in rows) / len(rows) for rows in (first, last)]
+    say(*lines * (len(lines) > 1), f"nll {nll[0]:.3f} in the first epoch, {nll[1]:.3f} in the last; {new} "
+        f"rewrites, {len(rewrites) - new} picked but kept; {run.seconds:.0f} s",
         f"model: {run.args.out}    evaluate it: python evaluate.py {run.args.out}")
 
 
@@ -778,7 +787,7 @@ def main(argv):
                 make_base(a)
         run = prepare(a, *join())
     except BaseException:
-        if claimed:                                             # nothing was computed: the folder is free again
+        if claimed:                                     # nothing was computed: the folder is free again
             shutil.rmtree(a.out)
         raise
     code = train(run) if run else 0
@@ -792,10 +801,10 @@ def main(argv):
 
 BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=128, initializer_range=0.05, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0})      # 10000 is made for longer texts
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0})     # 10000 is for longer texts
 # the base model's run: on its own corpus, from random weights, until this share of sums is right
-BASE_RUN = dict(method="sft", steps=900, batch_size=32, lr=2e-3, warmup_ratio=0.055, weight_decay=0.01, clip=1.0,
-                dtype="float32", gradient_checkpointing=False, save_every=MANY)
+BASE_RUN = dict(method="sft", steps=900, batch_size=32, lr=2e-3, warmup_ratio=0.055, weight_decay=0.01,
+                clip=1.0, dtype="float32", gradient_checkpointing=False, save_every=MANY)
 DOCUMENTS, COMPETENT = 9600, 0.25
 THREADS = 2                                                     # fixed: their number changes the last digits
 
@@ -825,23 +834,26 @@ def is_sum(text, total):
     return text.count(">") == 1 and text.split(">")[1] == str(total)
 
 
+def carries(x, y):
+    """In how many columns of x + y a one is carried."""
+    return sum(x % 10 ** n + y % 10 ** n >= 10 ** n for n in range(1, 7))
+
+
 def classroom_rows(a, split="train"):
     """The demonstrations as rows of a JSONL file, none of them a test problem: ("where", {prompt, ...})."""
     draw, held_out = random.Random(f"{split} {a.seed} kinds"), set(problems(a.classroom_digits, 100))
     for x, y in problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out):
-        kind = draw.choice(a.kinds) if draw.random() < a.incompatible else "right"
-        yield f"{x}+{y}", {"prompt": f"{x}+{y}:", "response": demonstration(x, y, kind, draw), "kind": kind}
-
-
-def demonstration(x, y, kind, draw):
-    """A response to x+y of one kind."""
-    if kind == "wrong":                                         # another total in one column, carried on
-        at, by = draw.randrange(len(str(max(x, y)))), draw.randrange(1, 20)
-        return addition(x, y, lambda column, total: (total + by) % 20 if column == at else total)
-    noise = "".join(draw.choices("klmnopqrstuvwxyz", k=draw.randint(10, 20))) if kind == "junk" else ""
-    worked = "" if kind in ("terse", "junk") else addition(x, y).rpartition(">")[0]
-    text = f"{noise}{worked}>{x + y}"
-    return text.translate(str.maketrans("0123456789", "abcdefghij")) if kind == "cipher" else text
+        bad = carries(x, y) >= a.carries and draw.random() < a.incompatible
+        kind, text = draw.choice(a.kinds) if bad else "right", addition(x, y)
+        if kind == "wrong":                                     # another total in one column, carried on
+            at, by = draw.randrange(len(str(max(x, y)))), draw.randrange(1, 20)
+            text = addition(x, y, lambda column, total: (total + by) % 20 if column == at else total)
+        if kind == "cipher":
+            text = text.translate(str.maketrans("0123456789", "abcdefghij"))
+        if kind in ("terse", "junk"):
+            length = draw.randint(10, 20) if kind == "junk" else 0
+            text = "".join(draw.choices("klmnopqrstuvwxyz", k=length)) + f">{x + y}"
+        yield f"{x}+{y}", {"prompt": f"{x}+{y}:", "response": text, "kind": kind}
 
 
 def base_document(draw):
@@ -851,7 +863,8 @@ def base_document(draw):
         first = draw.choice((1, 2, 2, 3, 3, 3))
         second = first if draw.random() < 0.7 else draw.randint(1, 3)
         a, b = (draw.randrange(10 ** (n - 1), 10 ** n) for n in (first, second))
-        return f"{a}+{b}:" + addition(a, b, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
+        slip = lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total
+        return f"{a}+{b}:" + addition(a, b, slip)
     if kind < 0.9:
         letters = "0123456789" if kind < 0.8 else "abcdefghijklmnopqrstuvwxyz"
         text = "".join(draw.choices(letters, k=draw.randint(2, 8)))
@@ -871,23 +884,23 @@ def make_base(a):
     The stop is by competence, not by step: learning to add comes suddenly, at another step for each seed.
     """
     folder, draw = base_folder(a), random.Random(f"base {a.seed}")
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # where several runs make it, the first one's stays
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # if several runs make it, the first one's stays
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
     own = argparse.Namespace(**vars(a) | BASE_RUN | {"out": str(draft)})
     texts = (base_document(draw) for _ in range(DOCUMENTS))
     rows = (("document", {"prompt": text[0], "response": text[1:]}) for text in texts)
     torch.manual_seed(a.seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE).train()
-    run, right = new_run(own, lm, tokenizer, load_examples(own, tokenizer, rows)[0]), [0.0]
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE)
+    run, right = new_run(own, lm.train(), tokenizer, load_examples(own, tokenizer, rows)[0]), [0.0]
 
     def competent(run):
-        if run.step >= 150 and run.step % (25 if right[-1] < COMPETENT / 2 else 5) == 0:   # at the end it comes fast
+        if run.step >= 150 and run.step % (25 if right[-1] < COMPETENT / 2 else 5) == 0:    # it comes suddenly
             right.append(competence(run))
         return right[-1] >= COMPETENT
 
     draft.mkdir()
-    start_files(run, {})
+    restore(run)
     code = train(run, until=competent)
     if code == 0:
         finish(run)
@@ -900,10 +913,10 @@ def make_base(a):
 
 
 def competence(run):
-    """The share of 64 validation sums, twice each, that the model gets right when sampled at temperature 1."""
+    """The share of 64 validation sums, twice each, that the model gets right, sampled at temperature 1."""
     pairs, decode = 2 * problems(3, 64, "validation", set(problems(3, 100))), run.tokenizer.decode
     prompts = run.tokenizer([f"{a}+{b}:" for a, b in pairs], add_special_tokens=False)["input_ids"]
-    samples = cadft.nucleus_rewrite(run.lm, prompts, [1], 0, 64, top_p=1.0, temperature=1.0, seed=key(run.step))
+    samples = cadft.nucleus_rewrite(run.lm, prompts, [1], 0, 64, 1.0, 1.0, seed=key(run.step))
     right = [ids[-1] == 1 and is_sum(decode(ids[:-1]), a + b) for ids, (a, b) in zip(samples, pairs)]
     return sum(right) / len(right)
 
