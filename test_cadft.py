@@ -1058,6 +1058,54 @@ def test_models_that_are_not_causal_or_ignore_the_mask_are_refused(architecture,
     assert message in capsys.readouterr().err
 
 
+# ==== The classroom ========================================================================================
+
+@pytest.fixture
+def classroom(tmp_path, monkeypatch):
+    """An empty folder to run in, and a base model that is given up after four steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.BASE_RUN, "steps", 4)
+    monkeypatch.setattr(train, "DOCUMENTS", 160)
+    return ["--steps", "4", "--classroom-size", "64"]
+
+
+def test_the_base_model_is_an_ordinary_run_made_once_for_all_methods(classroom, capsys):
+    assert train.main(classroom) == 0
+    base = Path("out", "base-seed0", "model.safetensors").read_bytes()
+    assert len(log("out/base-seed0")) == 4 and train.read_args("out/base-seed0")["method"] == "sft"
+    assert train.main([*classroom, "--method", "focal"]) == 0
+    assert Path("out", "base-seed0", "model.safetensors").read_bytes() == base
+    assert sorted(os.listdir("out")) == ["base-seed0", "cadft-seed0", "focal-seed0"]      # no draft is left
+    first = [log(f"out/{name}-seed0")[0]["c_mean"] for name in ("cadft", "focal")]
+    assert first[0] == first[1]                                # the same base, data and order
+    capsys.readouterr()
+    assert evaluate.main(["--samples", "1", "--limit", "3", "--max-tokens", "4"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["base", "focal", "cadft"]
+
+
+def test_a_signal_while_the_base_model_is_made_leaves_nothing(classroom, monkeypatch):
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    assert train.main(classroom) == 130 and os.listdir("out") == []
+
+
+def test_demonstrations_are_what_their_kind_says(tmp_path):
+    a = train.parse(["--classroom-size", "4000", "--carries", "2", "--incompatible", "0.6"])
+    rows_, tests = [row for _, row in train.classroom_rows(a)], set(train.problems(3, 100))
+    assert rows_ == [row for _, row in train.classroom_rows(a)]
+    share = {kind: sum(row["kind"] == kind for row in rows_) for kind in train.KINDS}
+    for row in rows_:
+        x, y = map(int, row["prompt"][:-1].split("+"))
+        assert (x, y) not in tests and (row["kind"] == "right" or train.carries(x, y) >= 2)
+        worked, _, answer = row["response"].rpartition(">")
+        assert (answer == str(x + y)) == (row["kind"] in ("right", "terse", "junk"))
+        assert bool(worked) == (row["kind"] != "terse") and worked.isalpha() == (row["kind"] == "junk")
+        assert any(c.isdigit() for c in row["response"]) == (row["kind"] != "cipher")
+    hard = sum(train.carries(*map(int, row["prompt"][:-1].split("+"))) >= 2 for row in rows_)
+    assert sum(share.values()) == pytest.approx(0.6 * hard, rel=0.1) and min(share.values()) > 0.1 * 0.6 * hard
+    assert train.addition(347, 586) == "7+6+0=13,4+8+1=13,3+5+1=9>933" and train.carries(347, 586) == 2
+    assert train.is_sum("7+6>13", 13) and not train.is_sum("13", 13) and not train.is_sum(">13>13", 13)
+
+
 # ==== Bad input ============================================================================================
 
 GOOD = b'{"prompt": "1+1:", "response": "2"}'
