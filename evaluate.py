@@ -27,10 +27,8 @@ import random
 import re
 import statistics
 import sys
-from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 import train                # before torch, since it sets how torch's threads wait for each other
@@ -42,6 +40,7 @@ from train import gather_objects, key, read_jsonl, say, writing
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
 POWERS = [2 ** i for i in range(14)]                           # the k of pass@k
+SHARES = "greedy", "average_at_k"                              # the two that are compared
 # flag, value with --data, value in the classroom, allowed, help
 FLAGS = [
     ("data", [], [], None, "JSONL files of problems"),
@@ -54,7 +53,7 @@ FLAGS = [
     ("limit", 0, 0, (0, train.MANY), "only so many problems of each file (or demonstrations); 0: all"),
     ("classroom-digits", 0, 0, [0, 2, 3, 4, 5, 6], "of the sums; 0: as many as the run learned"),
     ("classroom-carries", 0, 0, (0, 6), "only those of the sums with so many carries or more"),
-    ("prompt-template", "", "", None, 'wraps each question: "{prompt} Reason step by step." (the run\'s own)'),
+    ("prompt-template", "", "", None, 'wraps each question, "{prompt} Reason." (the run\'s own)'),
     ("against", "dft", "dft", None, "the row that the others are compared to"),
     ("out", "", "", None, "folder for eval-NAME.jsonl (beside the model)"),
     ("results", "", "", None, "file of the summary (results.json beside the runs)"),
@@ -65,18 +64,10 @@ FLAGS = [
 ]
 
 
-@dataclass
-class Candidate:
-    """A model to evaluate: a run's folder, a base model, or what a hub name stands for."""
-    path: str
-    method: str
-    seed: int | None
-    args: dict = field(default_factory=dict)        # the run's args.json
-    differs: dict = field(default_factory=dict)     # those of them that differ among runs of this method
-    label: str = ""                                 # of its row: the method and what differs
-
-
 # ==== 1. From runs to a table ===============================================================================
+# A run is a dict: run (path), method, seed, args (of its args.json), differs (those of them that differ among
+# runs of its method) and label (of its row). A result is one too: the run, data (the set's name), problems,
+# each (a number a problem for each metric), mean and standard_error.
 
 @train.guarded
 def main(argv):
@@ -90,7 +81,7 @@ def main(argv):
         rows = compare(results, a.against)
         say(*table(rows, a.against))
         if a.results or not a.grade:
-            runs = [{name: r[name] for name in r if name != "each"} for r in results]
+            runs = [{name: r[name] for name in r if name not in ("each", "args")} for r in results]
             write_results(a, runs=runs, rows=rows)
         if a.plot:
             draw(a.plot, rows, results)
@@ -109,45 +100,41 @@ def parse(argv):
         pyplot()
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
-    a.against_given = "against" in given
+    a.must_exist = "against" in given
     a.dtype = a.dtype or ("bfloat16" if train.CUDA and not a.gradients else "float32")
     return a
 
 
 def find_runs(a):
-    """The candidates named, or all finished runs under out/, base models included; each with its row's label:
-    the method and, where runs of it differ in more than the seed, in what."""
-    found = (str(path.parent) for path in Path("out").glob("*/config.json") if path.parent.name[0] != ".")
-    paths = a.runs or sorted(path for path in found if train.finished(path))
-    if not paths:
-        sys.exit("out/ holds no finished run: python train.py makes one; or name a folder")
-    runs, taken = [candidate(path) for path in dict.fromkeys(map(os.path.normpath, paths))], []
+    """The runs named, or all finished ones under out/, base models included."""
+    there = (folder for folder in sorted(Path("out").glob("[!.]*")) if train.finished(folder))
+    runs, taken = [read_run(path) for path in dict.fromkeys(map(os.path.normpath, a.runs or there))], []
     for run in runs:
-        kin = [other.args for other in runs if other.method == run.method]
+        kin = [other["args"] for other in runs if other["method"] == run["method"]]
         names = sorted(set().union(*kin) - train.FREE - {"seed", "data_sha256"})
-        run.differs = {name: run.args.get(name) for name in names
-                       if any(args.get(name) != run.args.get(name) for args in kin)}
-        run.label = " ".join([run.method, *(f"{name}={value}" for name, value in run.differs.items())])
-        taken.append((run.label, run.seed))
-        again = taken.count(taken[-1])
-        run.label += f" #{again}" if again > 1 else ""         # the same run twice is no second seed
-    labels = list(dict.fromkeys(run.label for run in runs))
-    if a.against_given and a.against not in labels:
+        run["differs"] = {name: run["args"].get(name) for name in names
+                          if any(args.get(name) != run["args"].get(name) for args in kin)}
+        run["label"] = " ".join([run["method"], *map("{0[0]}={0[1]}".format, run["differs"].items())])
+        taken.append((run["label"], run["seed"]))
+        again = taken.count(taken[-1])                         # the same run twice is no second seed
+        run["label"] += f" #{again}" if again > 1 else ""
+    labels = list(dict.fromkeys(run["label"] for run in runs))
+    if a.must_exist and a.against not in labels:
         sys.exit(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
-    return runs
+    return runs or sys.exit("out/ holds no finished run: python train.py makes one; or name a folder")
 
 
-def candidate(path):
-    """What a folder says about the run in it."""
+def read_run(path):
+    """What a folder, or else a hub name, says about the run in it."""
     folder, args = Path(path), train.read_args(path)
     hub = len(folder.parts) == 1 or len(folder.parts) == 2 and not folder.parent.is_dir()      # owner/name
     if not folder.is_dir() and (folder.exists() or not hub):
         sys.exit(f"{path}: no such folder; name that of a run, or a hub name")
     if folder.is_dir() and not train.finished(folder):
-        sys.exit(f"{path}: no finished model there (no config.json, or a checkpoint): train.py --resume finishes a run")
+        sys.exit(f"{path}: no finished model there (no config.json, or a checkpoint); see train.py --resume")
     base = re.fullmatch(r"base-seed([0-9]+)", folder.name)
-    return Candidate(path, "base" if base else str(args.get("method", path)), int(base[1]) if base else args.get("seed"),
-                     args)
+    return {"run": str(path), "method": "base" if base else str(args.get("method", path)), "args": args,
+            "seed": int(base[1]) if base else args.get("seed")}
 
 
 def evaluate(runs, a):
@@ -157,11 +144,11 @@ def evaluate(runs, a):
     total, results = sum(len(some) * (1 + a.samples) for each in sets for some in each.values()), []
     with tqdm(total=total, unit="answer", disable=a.rank > 0 or None) as bar:
         for run, each in zip(runs, sets):
-            bar.set_description(run.path)
-            lm, tokenizer, _ = train.load_model(run.path, getattr(torch, a.dtype))
+            bar.set_description(run["run"])
+            lm, tokenizer, _ = train.load_model(run["run"], getattr(torch, a.dtype))
             done = [result(run, name, count(answers(run, lm.eval(), tokenizer, name, some, a, bar)))
                     for name, some in each.items()]
-            results += done + ([average_of_files(run, done)] if len(done) > 1 else [])
+            results += done + ([average_of_files(done)] if len(done) > 1 else [])
             del lm                                             # before the next one comes
     return results
 
@@ -170,7 +157,7 @@ def evaluate(runs, a):
 
 def answers(run, lm, tokenizer, name, problems, a, bar):
     """Sample and grade one set of problems. Writes eval-NAME.jsonl and returns its rows, on every rank."""
-    template = a.prompt_template or run.args.get("prompt_template") or "{prompt}"
+    template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
     turns = [[train.wrap({"role": "user", "content": p["question"]}, template)] for p in problems]
     prompts = train.encode_prompts(tokenizer, turns, [p["where"] for p in problems])
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or train.MANY
@@ -178,70 +165,71 @@ def answers(run, lm, tokenizer, name, problems, a, bar):
         if not 0 < len(prompt) < positions:
             sys.exit(f"{problem['where']}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
     rows, stops = {}, train.eos_ids(lm, tokenizer)
-    for number, (greedy, pairs) in enumerate(batches(prompts, a)):
+    for number, (heat, pairs) in enumerate(batches(prompts, a)):
         if number % a.world == a.rank:                         # every world-th batch is this rank's
             some = [prompts[i] for i, _ in pairs]
             limit = min(a.max_tokens, positions - max(map(len, some)))
-            texts = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, 0.0 if greedy else a.temperature,
-                                          key(a.seed, run.seed, number))
-            rows[number] = [row_of(problems[i], ids, stops, tokenizer) | {"problem": i, "sample": sample}
-                            for (i, sample), ids in zip(pairs, texts)]
+            told = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, heat,
+                                         key(a.seed, run["seed"], number))
+            rows[number] = [row_of(problems[i], i, sample, ids, stops, tokenizer)
+                            for (i, sample), ids in zip(pairs, told)]
         bar.update(len(pairs))
     parts = {number: some for part in gather_objects(rows) for number, some in part.items()}
     rows = [row for number in sorted(parts) for row in parts[number]]
     if a.rank == 0:
-        beside = not a.out and os.path.isdir(run.path) and os.access(run.path, os.W_OK)
-        write_rows(Path(run.path if beside else Path(a.out or "out", run.path.strip("/").replace("/", "--"))), name, rows)
+        beside = not a.out and os.path.isdir(run["run"]) and os.access(run["run"], os.W_OK)
+        folder = run["run"] if beside else Path(a.out or "out", run["run"].strip("/").replace("/", "--"))
+        write_rows(Path(folder, f"eval-{name}.jsonl"), rows)
     return rows
 
 
 def batches(prompts, a):
-    """Yield (greedy, [(problem, sample), ...]); longest prompts first: lack of memory shows at once."""
+    """Yield (temperature, [(problem, sample), ...]); longest prompts first: lack of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    for greedy, samples in (True, ["greedy"]), (False, range(a.samples)):
+    for heat, samples in (0.0, ["greedy"]), (a.temperature, range(a.samples)):
         pairs = ((i, sample) for i in order for sample in samples)
         while some := list(islice(pairs, a.batch_size)):
-            yield greedy, some
+            yield heat, some
 
 
-def row_of(problem, ids, stops, tokenizer):
+def row_of(problem, number, sample, ids, stops, tokenizer):
     """One answer as a row of eval-NAME.jsonl."""
     finished = ids[-1] in stops
-    row = {name: problem[name] for name in ("question", "reference", "grader")}
-    row |= {"response": tokenizer.decode(ids[:-1] if finished else ids), "tokens": len(ids), "finished": finished}
+    row = {"problem": number, "sample": sample} | {name: problem[name] for name in problem if name != "where"}
+    row |= {"tokens": len(ids), "finished": finished, "response": tokenizer.decode(ids[:len(ids) - finished])}
     return row | {"correct": grade(row)}
 
 
 def grade(row):
-    """Whether a row's response is finished and right: by another program's verdict (`passed`), a sum by its
-    whole text, others by the answer they end with."""
+    """Whether a row's response is right: by another program's verdict (`passed`), else, if it is finished, a
+    classroom's sum by its whole text, others by the answer they end with."""
     if "passed" in row:
         return row["passed"] is True
     right = train.is_sum if row.get("grader") == "sum" else is_correct
     return row.get("finished") is not False and right(row["response"], row["reference"])
 
 
-def write_rows(folder, name, rows):
-    """eval-NAME.jsonl; a larger one that is there is kept as eval-NAME.old.jsonl."""
-    path = folder / f"eval-{name}.jsonl"
+def write_rows(path, rows):
+    """Write eval-NAME.jsonl; a larger one that is there is kept as eval-NAME.old.jsonl."""
+    draft, old = path.with_suffix(".tmp"), path.with_suffix(".old.jsonl")
     with writing(path, "see --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if path.exists() and sum(1 for _ in open(path, "rb")) > len(rows):
-            os.replace(path, path.with_suffix(".old.jsonl"))
-            say(f"{path}: held more than these {len(rows)} answers; kept as {path.with_suffix('.old.jsonl').name}")
-        os.replace(path.with_suffix(".tmp"), path)
+        if path.exists() and path.read_bytes().count(b"\n") > len(rows):
+            os.replace(path, old)
+            say(f"{path}: held more than these {len(rows)} answers; kept as {old.name}")
+        os.replace(draft, path)
 
 
 # ==== 3. Problems ===========================================================================================
 
 def classroom_problems(run, a):
     """{name: problems}: held-out sums, with as many digits as in the run's demonstrations."""
-    digits = a.classroom_digits or run.args.get("classroom_digits") or 3
+    digits, hard = a.classroom_digits or run["args"].get("classroom_digits") or 3, a.classroom_carries
     some = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum", "where": f"{x}+{y}"}
-            for x, y in train.problems(digits, 100) if train.carries(x, y) >= a.classroom_carries]
-    name = "classroom" + f"-{digits}-digits" * (digits != 3) + f"-{a.classroom_carries}-carries" * (a.classroom_carries > 0)
+            for x, y in train.problems(digits, 100) if train.carries(x, y) >= hard]
+    name = "classroom" + f"-{digits}-digits" * (digits != 3) + f"-{hard}-carries" * (hard > 0)
     return {name: some[:a.limit or None]}
 
 
@@ -252,7 +240,7 @@ def load_problems(path, limit=0):
         question = row.get("question") or row.get("problem")
         if not isinstance(question, str):
             sys.exit(f'{where}: field "question" (or "problem") is missing or not a string')
-        some.append({"question": question, "reference": reference_of(row, where), "grader": "answer", "where": where})
+        some.append({"question": question, "reference": reference_of(row, where), "where": where})
     return some or sys.exit(f"{path}: no problem in it")
 
 
@@ -263,7 +251,7 @@ def reference_of(row, where):
         if values and all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             return ", ".join(map(str, values))
     boxed = last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
-    return boxed or sys.exit(f'{where}: no reference in "answer", "final_answer" or a \\boxed{{}} of "solution"')
+    return boxed or sys.exit(f'{where}: no reference: no "answer", "final_answer" or \\boxed{{}} in "solution"')
 
 
 def grade_file(path):
@@ -275,8 +263,10 @@ def grade_file(path):
         row["reference"] = reference_of(row, where)
         named = [row[name] for name in ("problem", "question", "prompt") if row.get(name) is not None]
         rows.append(row | {"problem": key(named[0]) if named else number, "correct": grade(row)})
-    run = Candidate(path, Path(path).stem, None, label=Path(path).stem)
-    return [result(run, Path(path).name, count(rows))] if rows else sys.exit(f"{path}: there is no answer to grade")
+    if not rows:
+        sys.exit(f"{path}: there is no answer to grade")
+    name = Path(path).stem
+    return [result({"run": path, "method": name, "seed": None, "label": name}, Path(path).name, count(rows))]
 
 
 # ==== 4. Numbers ============================================================================================
@@ -316,59 +306,54 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-def columns(some):
-    """{metric: (mean, standard error)} of dicts or lists: some is [{metric: number}, ...] or {metric: [number]}."""
-    if isinstance(some, list):
-        some = {name: [one[name] for one in some] for name in some[0] if all(name in one for one in some)}
-    return {name: mean_and_error(values) for name, values in some.items()}
+def summary(numbers):
+    """{mean: {metric: mean}, standard_error: {metric: its error}} of numbers {metric: [number]}."""
+    both = {name: mean_and_error(values) for name, values in numbers.items()}
+    return {"mean": {name: m for name, (m, _) in both.items()},
+            "standard_error": {name: e for name, (_, e) in both.items()}}
 
 
 def result(run, data, each):
-    """What one run did on one set of problems: means, standard errors over problems, and each problem's."""
-    found = columns(each)
-    return {"run": run.path, "label": run.label, "method": run.method, "seed": run.seed, "differs": run.differs,
-            "data": data, "problems": len(each["greedy"]), "mean": {name: m for name, (m, _) in found.items()},
-            "standard_error": {name: e for name, (_, e) in found.items()}, "each": each}
+    """What a run did on one set of problems; its standard errors are over problems."""
+    return run | {"data": data, "problems": len(each["greedy"]), "each": each} | summary(each)
 
 
-def average_of_files(run, results):
+def average_of_files(results):
     """The plain mean over files, as in the paper's table, and its standard error."""
-    names = set.intersection(*(set(r["mean"]) for r in results))
-    n, part = len(results), {name: [(r["mean"][name], r["standard_error"][name]) for r in results] for name in names}
-    return results[0] | {
-        "data": f"average of {n} files", "problems": sum(r["problems"] for r in results), "each": {},
-        "mean": {name: statistics.fmean(m for m, _ in pairs) for name, pairs in part.items()},
-        "standard_error": {name: math.hypot(*(e for _, e in pairs)) / n for name, pairs in part.items()}}
+    n, names = len(results), set.intersection(*(set(r["mean"]) for r in results))
+    over = lambda f, part: {name: f([r[part][name] for r in results]) for name in names}
+    return results[0] | {"data": f"average of {n} files", "problems": sum(r["problems"] for r in results),
+                         "each": {}, "mean": over(statistics.fmean, "mean"),
+                         "standard_error": over(lambda errors: math.hypot(*errors) / n, "standard_error")}
 
 
 def compare(results, against):
     """A row for each set of problems and label: mean and standard error over seeds; paired difference."""
-    groups, rows = {}, []
-    rank = lambda r: ORDER.index(r["method"]) if r["method"] in ORDER else len(ORDER)
-    for r in sorted(results, key=rank):
+    groups, rows, sets = {}, [], list(dict.fromkeys(r["data"] for r in results))
+    rank = {method: i - len(ORDER) for i, method in enumerate(ORDER)}          # others come last
+    for r in sorted(results, key=lambda r: (sets.index(r["data"]), rank.get(r["method"], 0))):
         groups.setdefault((r["data"], r["label"]), []).append(r)
-    order = list(dict.fromkeys(r["data"] for r in results))
-    for (data, label), some in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
-        found = columns([r["mean"] for r in some])
-        row = {"data": data, "label": label, "problems": some[0]["problems"], "seeds": [r["seed"] for r in some],
-               "mean": {name: m for name, (m, _) in found.items()},
-               "standard_error": {name: e for name, (_, e) in found.items()} if len(some) > 1 else
-               some[0]["standard_error"]}
-        rows.append(row)
+    for (data, label), some in groups.items():
+        names = [name for name in some[0]["mean"] if all(name in r["mean"] for r in some)]
+        found = summary({name: [r["mean"][name] for r in some] for name in names})
+        if len(some) == 1:
+            found["standard_error"] = some[0]["standard_error"]
+        rows.append({"data": data, "label": label, "problems": some[0]["problems"],
+                     "seeds": [r["seed"] for r in some], **found})
         if label != against and (data, against) in groups:
-            row["difference"] = difference(some, groups[data, against])
+            rows[-1]["difference"] = difference(some, groups[data, against])
     return rows
 
 
 def difference(ours, theirs):
-    """{share: (mean, standard error)} of the difference over the common seeds; of a single one, over problems."""
+    """{share: (mean, standard error)} of the difference over common seeds; of a single one, over problems."""
     theirs = {r["seed"]: r for r in theirs}
     pairs = [(r, theirs[r["seed"]]) for r in ours if r["seed"] in theirs]
     out = {"seeds": [r["seed"] for r, _ in pairs]}
-    for share in "greedy", "average_at_k":
-        values = [tuple(r["mean"][share] for r in pair) for pair in pairs]
-        if len(pairs) == 1 and all(r["each"] for r in pairs[0]):
-            values = list(zip(*(r["each"][share] for r in pairs[0])))
+    for share in SHARES:
+        values = [(r["mean"][share], other["mean"][share]) for r, other in pairs]
+        if len(pairs) == 1 and pairs[0][0]["each"] and pairs[0][1]["each"]:
+            values = zip(*(r["each"][share] for r in pairs[0]))
         out[share] = mean_and_error([x - y for x, y in values])
     return out
 
@@ -383,19 +368,19 @@ def table(rows, against):
         cells = [["method", "greedy", f"Average@{k}", top, "cut off", "tokens", "seeds",
                   f"greedy - {against}", f"Average@{k} - {against}"]]
         for row in some:
-            both = lambda name: (row["mean"].get(name, math.nan), row["standard_error"].get(name, math.nan))
-            paired, tokens = row.get("difference", {}), row["mean"]["mean_tokens"]
-            cells.append([row["label"], percent(*both("greedy")), percent(*both("average_at_k")),
-                          percent(both(top)[0]), percent(both("cut_off")[0]), percent(tokens / 100),
-                          str(len(row["seeds"])), *(percent(*paired.get(share, [math.nan]), sign="+")
-                                                    for share in ("greedy", "average_at_k"))])
+            m, e, paired = row["mean"], row["standard_error"], row.get("difference", {})
+            cells.append([row["label"], *(percent(m[share], e[share]) for share in SHARES),
+                          *map(percent, (m.get(top, math.nan), m["cut_off"], m["mean_tokens"] / 100)),
+                          str(len(row["seeds"])),
+                          *(percent(*paired.get(share, [math.nan]), sign="+") for share in SHARES)])
         lines += [f"{data}: {some[0]['problems']} problems", *aligned(cells)]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
 def percent(value, error=math.nan, sign=""):
     """Text of a share and its standard error, "-" for nan."""
-    return "-" if math.isnan(value) else f"{100 * value:{sign}.1f}" + f" ± {100 * error:.1f}" * (error == error)
+    spread = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+    return "-" if math.isnan(value) else f"{100 * value:{sign}.1f}{spread}"
 
 
 def aligned(cells):
@@ -420,6 +405,9 @@ def write_results(a, **parts):
 
 # ==== 5. Gradients ==========================================================================================
 
+LOSSES = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}
+
+
 def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
 
@@ -429,52 +417,45 @@ def gradient_study(runs, a):
         sys.exit("--gradients runs in one process: start it without torchrun")
     studies, out = {}, {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
-        lm, tokenizer, _ = train.load_model(run.path, getattr(torch, a.dtype))
-        examples = held_back(run, tokenizer, a)
-        studies.setdefault(run.label, []).append((run.seed, study(lm.eval(), examples, run.args.get("beta") or 1.0)))
-    for name, some in studies.items():
-        seeds, found = zip(*some)
-        parts = {part: columns([one[part] for one in found]) for part in found[0]}
-        out[name] = {"seeds": seeds, **parts}
-        head = ["", *next(iter(parts.values()))]
-        say(f"{name}: {len(examples)} held-back demonstrations, {len(seeds)} seed(s); gradients of one, and of 32")
-        for head in "pearson", "second_moment":
-            some = {part: cells for part, cells in parts.items() if head in cells}
-            say(*aligned([["", *next(iter(some.values()))]] +
-                         [[part, *(f"{m:.3g}" + f" ± {e:.1g}" * (e == e) for m, e in cells.values())]
-                          for part, cells in some.items()]))
+        lm, tokenizer, _ = train.load_model(run["run"], getattr(torch, a.dtype))
+        found = study(lm.eval(), held_back(run, tokenizer, a), run["args"].get("beta") or 1.0)
+        studies.setdefault(run["label"], []).append(found)
+    for label, some in studies.items():
+        say(f"{label}: {some[0].pop('n')} held-back demonstrations, {len(some)} model(s)")
+        out[label] = {part: {name: mean_and_error([found[part][name] for found in some])
+                             for name in some[0][part]} for part in some[0]}
+        for lines in list(out[label].items())[:2], list(out[label].items())[2:]:
+            say(*aligned([["", *lines[0][1]]] + [[part, *(f"{m:.3g} ± {e:.1g}" for m, e in cells.values())]
+                                                 for part, cells in lines]))
     write_results(a, gradients=out)
 
 
 def held_back(run, tokenizer, a):
     """Demonstrations of --data, or new ones like those of the run."""
     usual = {row[0].replace("-", "_"): row[2] for row in train.FLAGS}
-    own = {name: value for name, value in run.args.items() if value is not None}
-    own |= {"data": a.data[0] if a.data else "", "classroom_size": a.limit or 256, "seed": run.seed}
-    own = argparse.Namespace(**usual | own)
-    rows = None if a.data else train.classroom_rows(own, split="held back")
-    examples = train.load_examples(own, tokenizer, rows)[0][:a.limit or 256]
+    own = {name: value for name, value in run["args"].items() if value is not None}
+    own |= {"data": a.data[0] if a.data else "", "classroom_size": a.limit or 256, "seed": run["seed"]}
+    rows = None if a.data else train.classroom_rows(argparse.Namespace(**usual | own), split="held back")
+    examples = train.load_examples(argparse.Namespace(**usual | own), tokenizer, rows)[0][:a.limit or 256]
     if len(examples) <= 32:
         sys.exit(f"--gradients needs more than 32 demonstrations, a batch; there are {len(examples)}")
     return examples
 
 
 def study(lm, examples, beta):
-    """{SFT's and DFT's gradients, and each method's batches: {what: number}} for one model."""
+    """Correlation of c_hat with gradient norms of SFT and DFT; moments of each method's batch gradient."""
     c_raw, gram = sample_gradients(lm, [train.collate([e]) for e in examples])
-    c_hat = cadft.batch_zscore(c_raw)                                          # [N] over all these samples
-    out = {}
+    c_hat, out = cadft.batch_zscore(c_raw), {"n": len(examples)}               # [N] over all these samples
+    rank = lambda x: x.argsort().argsort().double()                            # [N]
+    correlation = lambda x, y: torch.corrcoef(torch.stack([x, y]))[0, 1].item()
     for name, g in gram.items():
-        norm = g.diagonal().sqrt()                                             # [N]
-        out[f"{name} norm and c_hat"] = {"pearson": pearson(c_hat, norm), "spearman": pearson(ranks(c_hat), ranks(norm))}
-    for method, (loss, weighted) in train.METHODS.items():
-        if loss in LOSSES.values():
-            name = next(name for name in LOSSES if LOSSES[name] is loss)
-            out[f"{method} batch"] = batch_gradient(gram[name], c_raw, beta if weighted else 0.0)
+        norm = g.diagonal().sqrt()                                             # [N] ||g_i||
+        out[f"c_hat and the {name} gradient's norm"] = {
+            "pearson": correlation(c_hat, norm), "spearman": correlation(rank(c_hat), rank(norm))}
+    for method in "sft", "casft", "dft", "cadft":
+        weights = beta if train.METHODS[method][1] else 0.0
+        out[f"{method}, gradient of 32"] = batch_gradient(gram[method[-3:]], c_raw, weights)
     return out
-
-
-LOSSES = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}
 
 
 def sample_gradients(lm, batches):
@@ -513,17 +494,6 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
             "relative_variance": second / squared - 1}
 
 
-def pearson(x, y):
-    """The correlation of x and y [N]."""
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
-
-
-def ranks(x):
-    """Ranks from 1, [N]; equal values share their mean. Pearson's coefficient of ranks is Spearman's."""
-    _, which, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[which].to(x.dtype)
-
-
 # ==== 6. The picture ========================================================================================
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito's
@@ -541,40 +511,41 @@ def pyplot():
 
 
 def draw(path, rows, results):
-    """Four panels, means over the runs of each row: c_raw and w by kind of the last method that has kinds,
-    gradient norm of each method, accuracy."""
+    """Four panels, means over the runs of a row: c_raw and w by kind, gradient norms, accuracy."""
     plt, rows = pyplot(), [row for row in rows if row["data"] == rows[0]["data"]]
     plt.rcParams.update({"font.size": 17, "lines.linewidth": 3})
-    figure, ((left, right), (norms, accuracy)) = plt.subplots(2, 2, figsize=(18, 12), layout="constrained")
-    logs = {}
+    figure, ((left, right), (norms, bars)) = plt.subplots(2, 2, figsize=(18, 12), layout="constrained")
+    logs = {row["label"]: [] for row in rows if row["label"] != "base"}
     for r in results:
         log = Path(r["run"], "log.jsonl")
-        if r["data"] == rows[0]["data"] and r["method"] != "base" and log.exists() and log.stat().st_size:
-            logs.setdefault(r["label"], []).append([row for _, row in read_jsonl(log)])
-    kinds = {name: sorted({kind for log in some for line in log for kind in line["kinds"]}) for name, some in logs.items()}
-    name = next((name for name in reversed(list(logs)) if kinds[name]), None)
+        if r["data"] == rows[0]["data"] and r["label"] in logs and log.exists() and log.stat().st_size:
+            logs[r["label"]].append([row for _, row in read_jsonl(log)])
+    logs = {label: some for label, some in logs.items() if some}
+    label = next((label for label in reversed(logs) if logs[label][0][0]["kinds"]), "")
+    kinds = sorted({kind for log in logs.get(label, []) for line in log for kind in line["kinds"]})
     for axis, value, unit in (left, "c_raw", "nats per token"), (right, "w", "mean w"):
-        curves(axis, {kind: smooth(logs[name], lambda line: line["kinds"].get(kind, {}), value)
-                      for kind in (kinds[name] if name else [])}, f"{name}: {value} by kind", unit)
-    curves(norms, {name: smooth(some, dict, "grad_norm") for name, some in logs.items()}, "Gradient norm", "norm")
+        lines = {kind: smooth(logs[label], lambda line: line["kinds"].get(kind, {}), value) for kind in kinds}
+        curves(axis, lines, f"{label}: {value} by kind", unit)
+    lines = {label: smooth(some, dict, "grad_norm") for label, some in logs.items()}
+    curves(norms, lines, "Gradient norm before clipping", "norm")
     for side, share, colour in (-0.2, "greedy", COLOURS[5]), (0.2, "average_at_k", COLOURS[0]):
-        at, means = [i + side for i in range(len(rows))], [100 * row["mean"][share] for row in rows]
-        errors = [100 * row["standard_error"][share] for row in rows]
-        accuracy.bar(at, means, 0.38, color=colour, yerr=errors, capsize=6, label=share.replace("_", " "))
-    accuracy.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
-    accuracy.set(title="Accuracy, with standard errors", ylabel="correct (%)")
-    accuracy.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+        heights, errors = ([100 * row[part][share] for row in rows] for part in ("mean", "standard_error"))
+        bars.bar([i + side for i in range(len(rows))], heights, 0.38, color=colour, yerr=errors, capsize=6,
+                 label=share.replace("_at_k", f"@{rows[0]['mean']['samples']:.0f}"))
+    bars.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
+    bars.set(title="Accuracy, with standard errors", ylabel="correct (%)", ylim=(0, 100))
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
     with writing(path, "see --plot"):
         figure.savefig(path, dpi=100)
 
 
 def smooth(logs, part, value):
-    """[S] mean of part(line)[value] over runs and the fifteen steps around each step; nan where there was none."""
-    steps, out = min(map(len, logs)), []
-    for t in range(steps):
+    """[S] mean of part(line)[value] over runs and the fifteen steps around each; nan where there is none."""
+    out = []
+    for t in range(min(map(len, logs))):
         near = [part(line) for log in logs for line in log[max(0, t - 7):t + 8]]
-        n = sum(one.get("n", 1) for one in near if value in one)
-        out.append(sum(one.get("n", 1) * one[value] for one in near if value in one) / n if n else math.nan)
+        near = [(one.get("n", 1), one[value]) for one in near if value in one]
+        out.append(sum(n * x for n, x in near) / sum(n for n, _ in near) if near else math.nan)
     return out
 
 
@@ -590,58 +561,71 @@ def curves(axis, lines, title, unit):
 
 
 # ==== 7. Grading ===========================================================================================
+# Cleaned LaTeX is nearly Python: 2x, \frac{1}{y} becomes {('2')*('x'),'\\frac'(('1')) (('y'))}, a set whose
+# numbers and names are quoted. Python's parser makes a tree of it, in which _read finds sets, intervals and
+# the like, and _value computes formulas; letters are random numbers, so that equal formulas have equal
+# values. Nothing is ever executed, and what is not understood is compared by its spelling.
 
-MAX_CHARS, MAX_DEPTH, MAX_PARTS, MAX_BITS = 2000, 30, 50, 1020
+MAX_CHARS, MAX_BITS = 500, 4096
 TOLERANCE = Fraction(1, 10_000)  # relative, where a number may be a rounded decimal
 ROUNDED = re.compile(r"\.[0-9]*[1-9]|[0-9][eE][+-]?[0-9]")  # 27.0 is a whole number, 2e9 is not
-FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
-             "sin cos tan arcsin arccos arctan exp log".split()} | {"ln": cmath.log, "lg": cmath.log10}
-CONSTANTS = {"e": math.e, "i": 1j, "\\pi": math.pi}
-BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
-OPERATORS = {  # how tightly they bind, and what they do; "" joins the factors of 2x
-    "+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv),
-    "": (3, operator.mul), "^": (4, lambda base, exponent: _power(base, exponent))}
+FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in
+             "sin cos tan arcsin arccos arctan exp log".split()} | {r"\ln": cmath.log, r"\lg": cmath.log10}
+NAMES = "|".join(name[1:] for name in FUNCTIONS)  # their arguments may lack brackets
+FUNCTIONS |= {r"\frac": lambda x: lambda y: x / y, r"\root": lambda n=2: lambda x: _power(x, Fraction(1) / n),
+              r"\binom": lambda n: lambda k: _factorial(n) / _factorial(k) / _factorial(n - k),
+              r"\floor": lambda x: random.Random(f"floor {x}").random(),  # any number, as for a letter
+              r"\ceil": lambda x: random.Random(f"ceil {x}").random()}
+VALUES = FUNCTIONS | {"e": math.e, "i": 1j, r"\pi": math.pi}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Pow: lambda x, y: _power(x, y)}
+PYTHON = {sign: sign for sign in [*"([)]+-*/,<>", "<=", ">="]} | {name: repr(name) for name in FUNCTIONS} | {
+    "{": "(", "}": ")", "}{": ") (", r"\{": "{", r"\}": "}", "^": "**", "!": ".factorial", "=": "==",
+    r"\le": "<=", r"\ge": ">=", r"\in": " in ", r"\cup": " or ", r"\pm": "+~", r"\mp": "-~"}
 
 END = r"(?![a-zA-Z])"  # where the name of a LaTeX command ends
 WORD = r"\\(?:text(?:bf|rm|it|normal)?|[mh]box|math(?:rm|bf|it|sf)) ?\{([^{}]*)\}"
 POWER = r"(?: ?\^ ?(?:\{[^{}]*\}|-?[0-9]))?"
-UNIT = (r"(?:square |cubic )?(?:degrees?|dollars?|cents?|percent|units?|[ckm]m|kg|(?:kilo)?meters?"
-        r"|inch(?:es)?|feet|miles?|seconds?|minutes?|hours?|days?|years?)")
+GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+INSIDE = r"((?:[^()\[\]]|\([^()]*\))*)"
+ARGUMENT = (rf"\([^()]*\)|\{{[^{{}}]*\}}|(?![ {{^])(?:[\w'^ ]|\.[0-9]|{GROUP}"
+            rf"|\\(?!(?:{NAMES}|c[ua]p|in|[lg]e|pm|mp){END})[a-zA-Z]+)+")
 UNICODE = str.maketrans({"−": "-", "π": r"\pi ", "×": "*", "·": "*", "°": "", "∞": r"\infty ",
                          "∪": r"\cup ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"\s+", " "), (r"\\\\", "\n"),  # from here on a line break is the end of a matrix row
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle){END}\.?", ""),
-    (r"(?<=[0-9])(?:\{,\}|, ?\\! ?|\\[,!; ] ?|~)(?=[0-9]{3}(?![0-9]))", ""),  # thousands, as in 10{,}000
-    (r"\\\$|\\?%", ""), (rf"\\[,;:! ()\[\]]|~|\\q?quad{END}|\$", " "), (r"\\([{}])", r"\1"),
-    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", ""), (r"\^ ?(?:\\prime|\{ ?\\prime ?\})", "'"),
-    (rf"\\(?:cdot|times){END}", "*"), (rf"\\([lg])eq?(?:slant)?{END}", r"\\\1e "),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(?:text|mbox) ?\{ ?(?:and|or) ?\}| (?:and|or) ", ","), (r",[ ,]*,", ","),
-    (r"(?<=[0-9]) ?\\text ?\{ ?([ap])\.?m\.? ?\}", r" \1.m."),  # no units
-    # Words behind a value are its unit, unless the value goes on after them; other words stay.
-    (r"\\(?:text|mathrm) ?\{([eid])\}", r"\1 "),
-    (rf"(?<=[0-9A-Za-z)}}\]])(?:[ /*]*{WORD}{POWER})+(?! ?(?:[\^\w(]|\\[a-z]))", ""),
-    (WORD, r" \1 "), (rf"(?<=[0-9}}i]) ?{UNIT}{POWER}(?= *(?:$|[,.]))", ""),
-    (rf"(?<![\\A-Za-z])(?:np\.)?(sqrt|pi|{'|'.join(FUNCTIONS)}){END}", r"\\\1"),
-    (r"\\log ?_ ?\{?10(?![0-9])\}?", r"\\lg "), (r"\\sqrt ?([0-9]+)", r"\\sqrt{\1}"),
-    (r"\\frac ?([0-9])", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
-    (r"(?<![0-9.^_])([0-9]+) ?\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"(\1+\2/\3)"),  # mixed numbers
-    (r"(?<![0-9.^_])([0-9]+) ([0-9]+)/([0-9]+)", r"(\1+\2/\3)")]]
-THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])")
+    # Layout, degrees, dollars, percent and the signs between thousands, as in 10{,}000, go
+    (r"\s+", " "), (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle){END}\.?", ""),
+    (r"(?<=[0-9])(?:\{,\}|, ?\\! ?|\\[,!; ] ?|~)(?=[0-9]{3}(?![0-9]))", ""),
+    (r"\\\$|\\?%|\^ ?\{? ?\\circ ?\}?|\\degree", ""),
+    # Matrices become [[(1,2),(3,4)]], half-open intervals ([0,1],) and [(0,1)]
+    (r"\\begin ?\{[a-zA-Z]*(?:matrix|array)\}(?:\{[lcr| ]*\})?", "[[("), ("&", ","),
+    (r"(?:\\\\ ?)?\\end ?\{[a-zA-Z]*(?:matrix|array)\}", ")]]"), (r"\\\\", "),("),
+    (rf"\\[,;:! ()\[\]]|~|\\q?quad{END}|\$", " "),
+    (rf"\[{INSIDE}\)", r"([\1],)"), (rf"\({INSIDE}\]", r"[(\1)]"),
+    # One spelling for each thing
+    (r"\^ ?\{? ?\\prime ?\}?", "'"), (r"\\[dtc](?=frac|binom)", r"\\"), (rf"\\(?:cdot|times){END}", "*"),
+    (rf"\\([lg])eq?(?:slant)?{END}", r"\\\1e "), (r"\\l(floor|ceil)", r"\\\1("), (r"\\r(?:floor|ceil)", ")"),
+    (r"\} \{", "}{"), (r",? ?(?:\\(?:text|mbox) ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)", ","),
+    # Words behind a value are its unit, unless the value goes on after them; other words stay
+    (r"(?<=[0-9]) ?\\text ?\{ ?([ap])\.?m\.? ?\}", r" \1.m."), (r"\\(?:text|mathrm) ?\{([eid])\}", r"\1 "),
+    (rf"(?<=[0-9A-Za-z)}}\]])(?:[ /*]*{WORD}{POWER})+(?! ?(?:[\^\w(]|\\[a-z]))", ""), (WORD, r" \1 "),
+    (rf"(?<=[0-9}}]) ?(?:[a-z]{{4,}}(?: [a-z]{{4,}})*|[ckm]m|kg){POWER}(?= *(?:$|[,.]))", ""),
+    # Backslashes, braces and brackets that were left out; mixed numbers; \sin^2 x becomes \sin(x)^2
+    (rf"(?<![\\A-Za-z])(?:np\.)?(sqrt|pi|{NAMES}){END}", r"\\\1"),
+    (r"\\sqrt ?([0-9]+|[a-z])", r"\\sqrt{\1}"), (r"\\sqrt ?(?:\[([^\[\]]*)\])? ?", r"\\root{\1}"),
+    (r"\\frac ?([0-9a-zA-Z]|\\[a-z]+)", r"\\frac{\1}"), (rf"(\\frac ?{GROUP}) ?([0-9a-zA-Z])", r"\1{\2}"),
+    (rf"(?<![0-9.^_])([0-9]+) ?(\\frac ?(?:\{{ ?[0-9]+ ?\}} ?){{2}}|(?<= )[0-9]+/[0-9]+)", r"(\1+\2)"),
+    (r"\[([^\[\],]*)\]", r"(\1)"), (r"\\log ?_ ?(\{[0-9]+\}|[0-9])", r"\\log(\1)^{-1}\\log "),
+    (rf"(\\(?:{NAMES}){END}|/) ?(\^ ?(?:\{{-?[0-9]+\}}|[0-9]))? ?({ARGUMENT})", r"\1(\3)\2")]]
+# 31_7, a number in another base, and f(0), a value of a function, are not computed: they count as letters. So
+# do words of four letters, or three and nothing else. 2 3, 1.2.3 and 1e9999 are tokens, but no numbers.
 SUBSCRIPT = r"(?: ?_ ?(?:\{[^{}]*\}|[0-9]+|[A-Za-z]))"
-NAME = re.compile(rf"((?:(?:\\angle ?)?[A-Z]{{1,3}}|[a-z]|\\[A-Za-z]+){SUBSCRIPT}?'*(?: ?\([a-zA-Z]\))?|"
-                  rf"\([a-z](?:, ?[a-z])*\)) ?(?:=|\\in{END})")
-MATRIX = re.compile(r"\\begin ?\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end ?\{[a-zA-Z]*\}", re.S)
-NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-# 31_7, a number in another base, and f(0), a value of a function, are not computed: they count as letters.
-TOKEN = re.compile(rf"[0-9]+{SUBSCRIPT}|{NUMBER}|(?:[A-Za-z]|\\[A-Za-z]+){SUBSCRIPT}?'*(?:\([0-9]+\))?|\S")
-LETTER = re.compile(
-    r"[A-Za-z]|[0-9]+ ?_|\\(?:(?:var)?(?:epsilon|phi)|alpha|beta|[Gg]amma|[Dd]elta|zeta|eta|[Tt]heta|kappa"
-    rf"|[Ll]ambda|mu|nu|[Xx]i|Pi|rho|[Ss]igma|tau|Phi|chi|[Pp]si|[Oo]mega|infty|hbar|ell){END}")
-# No formulas: words (east is not the product seat), 2 3, 1.2.3, and exponents like 1e9999 that take too long
-NO_FORMULA = re.compile(
-    r"(?<![\\A-Za-z])[A-Za-z]{4}|^[A-Za-z ]{3,}$|[0-9.]\s+[0-9.]|\.[0-9]*\.|[eE][+-]?[0-9]{4}")
+TOKEN = re.compile(rf"}}{{|[0-9]+{SUBSCRIPT}|[0-9.]+(?: +[0-9.]+)*(?:[eE][+-]?[0-9]+)?|[A-Za-z]\([0-9]+\)"
+                   rf"|(?:\\[A-Za-z]+|[A-Za-z]{{4,}}|^[A-Za-z]{{3}}$|[A-Za-z]){SUBSCRIPT}?'*|[<>]=|\\?\S")
+NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+LETTER = re.compile(r"(?i)[a-z]|[0-9]+ ?_|\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa"
+                    rf"|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|chi|psi|omega)|infty|hbar|ell|angle){END}")
+NO_NAME = re.compile(r"[-+/|]|\*\*|'[0-9.]|'\(")  # x, AB, f(x) and (x, y) are names
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 ANSWER_IS = re.compile(r"answer is[\s:*$]*(?:\\[\[(]\s*)?", re.IGNORECASE)
 LAST_NUMBER = re.compile(
@@ -660,15 +644,15 @@ def extract_answer(response):
 
 def last_box(text):
     r"""The content of the last \boxed{}, up to the end where it is not closed; None without a box."""
-    start, depth = max((box.end() for box in BOX.finditer(text)), default=None), 1
-    if start is None:
+    (*before, content), depth = BOX.split(text), 1
+    if not before:
         return None
     # \{ and \} do not count; an answer beyond MAX_CHARS is never right, so need not be read
-    for mark in re.compile(r"\\.|[{}]", re.S).finditer(text, start, start + MAX_CHARS):
+    for mark in re.finditer(r"\\.|[{}]", content[:MAX_CHARS], re.S):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
-            return text[start:mark.start()].strip()
-    return text[start:].strip()
+            return content[:mark.start()].strip()
+    return content.strip()
 
 
 def is_correct(response, reference):
@@ -677,172 +661,112 @@ def is_correct(response, reference):
 
 
 def same_answer(prediction, reference):
-    """Whether two answers are equal; never raises, and empty, overlong or too deep ones are never equal."""
-    if max(len(str(prediction)), len(str(reference))) > MAX_CHARS:
-        return False
+    """Whether two answers are equal; never raises, and empty or overlong ones are never equal."""
     prediction, reference = _clean(str(prediction)), _clean(str(reference))
-    if max(_depths(prediction) + _depths(reference)) > MAX_DEPTH:
-        return False
-    choice = re.fullmatch(r"\(?([A-E])\)?", reference)
-    if choice:
-        return bool(re.fullmatch(rf"\(?{choice[1]}\)?", prediction, re.IGNORECASE))
-    return _same(prediction, reference)
+    if not prediction or not reference or TOKEN.findall(prediction) == TOKEN.findall(reference):
+        return bool(prediction and reference)
+    try:
+        return _same(_parse(prediction), _parse(reference))
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, MemoryError):
+        return False  # one is not understood
 
 
 def _clean(text):
-    text = text.translate(UNICODE)
+    text = text.translate(UNICODE) if len(text) <= MAX_CHARS else ""
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    if not re.search(r"[(\[]|^ *\{", text):  # inside brackets a comma separates parts
-        text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    return text.strip(" \n*:,").rstrip(" \n*:,.;")
+    if re.fullmatch(r"(?!\\?\{)[^,(\[]*(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])[^,(\[]*", text):
+        text = text.replace(",", "")
+    text = text.strip(" *:,").rstrip(" *:,.;")
+    return text.casefold() if re.fullmatch(r"\(?[A-D]\)?|[A-Za-z'. -]{2,}", text) else text  # words, choices
 
 
-def _compact(text):
-    """The text without needless spaces and braces; words also without capitals."""
-    text = re.sub(r"\{([^{}\\])\}", r"\1", re.sub(r"(?<![0-9]) | (?![0-9])", "", text))
-    return text.casefold() if re.fullmatch(r"[A-Za-z'.-]{2,}", text) else text
+def _parse(text):
+    """What _read finds in a cleaned answer. Raises ValueError and others if it is not understood."""
+    tokens = [PYTHON.get(token, f"({token!r})") for token in TOKEN.findall(text)]
+    source = re.sub(r"(?<=[)\]}])(?=[(\[{]|'\\)", "*", "".join(tokens))  # the signs between factors
+    if "~" in source:  # +~ is \pm, and -~ is \mp: such an element counts twice
+        elements = map(ast.unparse, ast.parse("{" + source.strip("{}") + "}", mode="eval").body.elts)
+        source = ",".join(element.replace("~", sign) for element in elements
+                          for sign in (["", "-"] if "~" in element else [""]))
+    return _read(ast.parse("{" + source + "}", mode="eval").body)
 
 
-def _depths(text):
-    """How many brackets are open before each character and at the end; any kind closes any other: (1,2]."""
-    return list(accumulate((c in "([{") - (c in ")]}") for c in " " + text))
+def _read(node):
+    """(kind, parts): of a set, say, or ("value", (number, whether rounded, whether it has letters))."""
+    match node:
+        case ast.Set([element]):
+            return _read(element)
+        case ast.Set(parts) | ast.BoolOp(values=parts) | ast.Tuple([_, *_] as parts) | ast.List(parts):
+            kind = type(node).__name__
+        case ast.Compare(left, [ast.Eq() | ast.In()], [right]) if not NO_NAME.search(ast.unparse(left)):
+            kind, parts = "named", [left, right]
+        case ast.Compare(left, signs, others):
+            kind, parts = " ".join(type(sign).__name__ for sign in signs), [left, *others]
+            if "Gt" in kind and "Lt" not in kind:  # 5 > x >= 3 is 3 <= x < 5
+                kind, parts = " ".join(kind.split()[::-1]).replace("Gt", "Lt"), parts[::-1]
+        case _:
+            names = [child.value for child in ast.walk(node) if isinstance(child, ast.Constant)]
+            has_letters = any(name not in VALUES and LETTER.match(name) for name in names)
+            return "value", (_value(node), any(map(ROUNDED.search, names)), has_letters)
+    return kind, [_read(part) for part in parts]
 
 
-def _split(text, separator):
-    """The pieces between those separators that stand outside all brackets."""
-    depths = _depths(text)
-    cuts = [mark.span() for mark in re.finditer(separator, text) if depths[mark.start()] == 0]
-    ends, starts = [start for start, _ in cuts] + [len(text)], [0] + [end for _, end in cuts]
-    return [text[start:end].strip() for start, end in zip(starts, ends)]
+def _value(node):
+    """The value of a formula, a Fraction or complex. Raises ValueError and others if it has none."""
+    match node:
+        case ast.Constant(text) if NUMBER.fullmatch(text):
+            return Fraction(text)
+        case ast.Constant(text) if text in VALUES:
+            return VALUES[text]
+        case ast.Constant(text) if LETTER.match(text):
+            return Fraction(random.Random(re.sub("[ {}]", "", text)).randrange(500_000, 2_000_000), 999_983)
+        case ast.UnaryOp(sign, number):
+            return OPERATORS[type(sign)](_value(number))
+        case ast.BinOp(left, sign, right):
+            value = OPERATORS[type(sign)](_value(left), _value(right))
+            if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator) >> MAX_BITS:
+                raise OverflowError("the arithmetic would become slow")
+            return value
+        case ast.Attribute(number, "factorial"):
+            return _factorial(_value(number))
+        case ast.Call(function, arguments):
+            return _value(function)(*map(_value, arguments))
+    raise ValueError("not a formula")
 
 
-@lru_cache(4096)
-def _structure(text):
-    """(kind, parts) of a set or list, a union, a relation, a matrix, a tuple or interval, or one value."""
-    enclosed = text[:1] in ("(", "[", "{") and text[-1] in ")]}" and 0 not in _depths(text)[1:-1]
-    if enclosed and text[0] == "{":
-        return _structure(text[1:-1].strip())
-    pieces = _split(text, ",")
-    if len(pieces) > 1 or "\\pm" in text:
-        return "set", [piece.replace("\\pm", plus).replace("\\mp", minus) for piece in pieces
-                       for plus, minus in ("+-", "-+")[:2 if "\\pm" in piece else 1]]
-    for separator in (r"\\cup", "=", "<", ">", r"\\le ", r"\\ge "):
-        if len(pieces := _split(text, separator)) > 1:
-            return separator, pieces
-    matrix = MATRIX.fullmatch(text)
-    if matrix and "\\begin" not in matrix[1]:
-        rows = [row.split("&") for row in matrix[1].split("\n") if row.strip()]
-        return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
-    if enclosed and len(pieces := _split(text[1:-1], ",")) > 1:
-        return text[0] + text[-1], pieces
-    return "value", [text]
-
-
-def _same(prediction, reference):
-    """The comparison of two cleaned texts, part by part."""
-    if not prediction or not reference or _compact(prediction) == _compact(reference):
-        return bool(prediction and reference)
-    texts = [prediction, reference]
-    names = [NAME.match(text) if len(_split(text, ",")) == 1 else None for text in texts]
-    names = [name and _compact(name[1]) for name in names]
-    if any(names) and (not all(names) or names[0] == names[1]):  # x = 5 is the answer 5, but not y = 5
-        texts = [NAME.sub("", text, count=1).strip() if name else text for name, text in zip(names, texts)]
-    (kind, parts), (reference_kind, wanted) = map(_structure, texts)
-    if kind != reference_kind or len(parts) != len(wanted) or len(parts) > MAX_PARTS:
-        return False
-    if kind == "value":
-        return _same_value(parts[0], wanted[0])
-    if kind not in ("set", r"\\cup"):
-        return all(map(_same, parts, wanted))
-    unused = list(parts)
-    for part in wanted:  # in any order, each one once
-        found = next((candidate for candidate in unused if _same(candidate, part)), None)
-        if found is None:
-            return False
-        unused.remove(found)
-    return True
-
-
-def _same_value(prediction, reference):
-    """Equal formulas: exactly so where both are exact, by TOLERANCE where a number may have been rounded."""
-    (a, a_letters), (b, b_letters) = _value(prediction), _value(reference)
-    if a is None or b is None:
-        return _compact(prediction) == _compact(reference) != ""
-    whole = isinstance(b, Fraction) and b.denominator == 1 and not ROUNDED.search(reference)
-    rounded = ROUNDED.search(f"{prediction} {reference}") and not (whole or a_letters or b_letters)
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return abs(a - b) <= (TOLERANCE if rounded else 0) * abs(b)
-    # Roots, pi and the like are floats, whose own rounding has to be allowed for.
-    return abs(complex(a) - complex(b)) <= (1e-4 if rounded else 1e-9) * abs(complex(b))
-
-
-@lru_cache(4096)
-def _value(text):
-    """(value, whether letters occur in it); the value is a Fraction, a complex, None if not understood."""
-    tokens = TOKEN.findall(text)[::-1]
-    letters = any(token not in CONSTANTS and LETTER.match(token) for token in tokens)
-    try:
-        value = None if NO_FORMULA.search(text) else _parse(tokens)
-        return (value if not tokens and abs(complex(value)) < 1e305 else None), letters
-    except (ValueError, TypeError, ArithmeticError, IndexError, RecursionError):
-        return None, letters
-
-
-def _parse(tokens, level=0):
-    """The value at the end of the reversed tokens, up to an operator that binds less than `level`."""
-    value = _operand(tokens)
-    while tokens and tokens[-1] not in BRACKETS.values():
-        sign = tokens[-1] if tokens[-1] in OPERATORS else ""
-        binds, combine = OPERATORS[sign]
-        if binds < level or level == 3 and tokens[-1][1:] in FUNCTIONS:  # sin x cos x is (sin x) cos x
-            break
-        if sign:
-            tokens.pop()
-        value = combine(value, _parse(tokens, binds + (sign != "^")))
-        if isinstance(value, Fraction) and max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS:
-            raise OverflowError("the arithmetic would become slow")
-    return value
-
-
-def _operand(tokens):
-    token = tokens.pop()
-    name = token[1:] if token[0] == "\\" else ""
-    if token in "+-":
-        return _parse(tokens, 3) * (1 if token == "+" else -1)
-    if re.fullmatch(NUMBER, token):
-        return Fraction(token)
-    if token in BRACKETS:
-        value = _parse(tokens)
-        if tokens.pop() != BRACKETS[token]:
-            raise ValueError("brackets")
-        return _letter(f"{token} {value}") if name else value  # floor and ceiling are not computed
-    if name == "frac":
-        return _operand(tokens) / _operand(tokens)
-    if name == "sqrt":
-        index = _operand(tokens) if tokens[-1] == "[" else 2
-        return _power(_operand(tokens), Fraction(1) / index)
-    if name in FUNCTIONS:
-        exponent = _operand(tokens) if tokens[-1] == "^" and tokens.pop() else 1
-        argument = _operand(tokens) if tokens[-1] in BRACKETS else _parse(tokens, 3)
-        return _power(FUNCTIONS[name](argument), exponent)
-    if token in CONSTANTS:
-        return CONSTANTS[token]
-    if LETTER.match(token):
-        return _letter(re.sub("[ {}]", "", token))
-    raise ValueError(token)
-
-
-@lru_cache(4096)
-def _letter(name):
-    return Fraction(random.Random(name).randrange(500_000, 2_000_000), 999_983)
+def _factorial(n):
+    return Fraction(math.factorial(int(n))) if n in range(500) else math.gamma(n + 1)  # of a letter
 
 
 def _power(base, exponent):
+    """A Fraction where that is exact and not too large, else complex."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
         if (max(map(int.bit_length, base.as_integer_ratio())) - 1) * abs(exponent) <= MAX_BITS:
             return base ** int(exponent)
-    return complex(base) ** complex(exponent)  # raises OverflowError where the result is too large
+    power = complex(base) ** complex(exponent)  # raises OverflowError where it is too large
+    if base and not power:
+        raise OverflowError("too small")
+    return power
+
+
+def _same(prediction, reference):
+    """The comparison of two trees, part by part."""
+    (kind, parts), (wanted_kind, wanted) = prediction, reference
+    if kind != wanted_kind and "named" in (kind, wanted_kind):  # x = 5 is the answer 5, but not y = 5
+        return _same(parts[1], reference) if kind == "named" else _same(prediction, wanted[1])
+    if kind == wanted_kind == "value":
+        (a, a_rounded, a_letters), (b, b_rounded, b_letters) = parts, wanted
+        exact = isinstance(a, Fraction) and isinstance(b, Fraction)  # else floats, such as roots
+        whole = isinstance(b, Fraction) and b.denominator == 1 and not b_rounded
+        rounded = (a_rounded or b_rounded) and not (whole or a_letters or b_letters)
+        tolerance = TOLERANCE if rounded else 0 if exact else 1e-9
+        return abs(a - b) <= tolerance * abs(b) < math.inf
+    if kind != wanted_kind or len(parts) != len(wanted):
+        return False
+    if kind in ("Set", "BoolOp", "Eq"):  # in any order, each as often as in the reference
+        return all(sum(_same(part, other) for part in parts) == wanted.count(other) for other in wanted)
+    return all(map(_same, parts, wanted))
 
 
 if __name__ == "__main__":

@@ -580,6 +580,7 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
     a = train.parse(["--batch-size", "8", "--micro-batch-tokens", "60", "--seed", "5"])
     draw = random.Random(0)
     examples = [train.Example(i, torch.ones(3), torch.ones(draw.randint(1, 40))) for i in range(50)]
+    orders = []
     for epoch in range(2):
         seen = []
         for position in range(6):
@@ -595,8 +596,8 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
                     assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 60
             seen += index
         assert len(set(seen)) == len(seen) == 48               # an epoch: 6 steps of 8 different examples
-        orders = seen if epoch == 0 else orders
-    assert orders != seen
+        orders.append(seen)
+    assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -1284,13 +1285,8 @@ def pairs():
 
 
 def test_grading_of_hand_made_pairs():
-    judged = [(equal, evaluate.same_answer(*pair), pair) for *pair, equal in pairs()]
-    missed = [pair for equal, got, pair in judged if equal and not got]
-    false = [pair for equal, got, pair in judged if got and not equal]
-    right = 214 - len(missed) - len(false)
-    assert len(judged) == 214 and right >= 0.84 * 214 and len(false) <= 2, (missed, false)  # what is required
-    # What is reached. Missed: 4^{1012}; 7!, 8!/2!; both binomials that are equal; 3 < x for x > 3.
-    assert right >= 207 and not false, (missed, false)
+    wrong = [pair for *pair, equal in pairs() if evaluate.same_answer(*pair) != equal]
+    assert len(list(pairs())) == 214 and not wrong, wrong
 
 
 def test_grading_is_symmetric_and_blind_to_spelling():
@@ -1337,8 +1333,6 @@ def test_adversarial_answers_are_refused_at_once(text, tmp_path):
         for response, answer in pairs_:
             seconds = []
             for _ in range(3):                                 # the best of three: others work here too
-                for cached in evaluate._structure, evaluate._value, evaluate._letter:
-                    cached.cache_clear()
                 start = time.perf_counter()
                 assert not evaluate.is_correct(response, answer)
                 seconds.append(time.perf_counter() - start)
@@ -1416,20 +1410,21 @@ def test_counting_by_hand():
     assert each["greedy"] == [1, 1, 0] and each["average_at_k"] == [0.75, 0.25, 0] and each["samples"] == [4] * 3
     assert each["cut_off"] == [0, 0.25, 0] and each["mean_tokens"] == [10, 11, 12]
     assert [statistics.fmean(each[f"pass@{k}"]) for k in (1, 2, 4)] == pytest.approx([1 / 3, (1 + 1 / 2) / 3, 2 / 3])
-    found = evaluate.result(evaluate.Candidate("p", "dft", 0), "sums", each)
+    found = evaluate.result({}, "sums", each)
     for name, values in each.items():                          # over problems, not over samples
         assert found["mean"][name] == pytest.approx(statistics.fmean(values))
         assert found["standard_error"][name] == error(values)
-    files = evaluate.average_of_files(evaluate.Candidate("p", "dft", 0), [found, found | {"mean": {"greedy": 0}}])
+    files = evaluate.average_of_files([found, found | {"mean": {"greedy": 0}}])
     assert files["mean"] == {"greedy": pytest.approx(1 / 3)} and files["problems"] == 6
     assert files["standard_error"]["greedy"] == pytest.approx(found["standard_error"]["greedy"] / math.sqrt(2))
 
 
 def compared(monkeypatch, *runs):
     """The table's rows for runs (args, samples, greedy)."""
-    made_of = {str(i): evaluate.Candidate(str(i), args["method"], args["seed"], args) for i, (args, *_) in enumerate(runs)}
-    monkeypatch.setattr(evaluate, "candidate", made_of.get)
-    found = evaluate.find_runs(evaluate.argparse.Namespace(runs=list(made_of), against="dft", against_given=False))
+    made_of = {str(i): {"run": str(i), "args": args, "method": args["method"], "seed": args["seed"]}
+               for i, (args, *_) in enumerate(runs)}
+    monkeypatch.setattr(evaluate, "read_run", made_of.get)
+    found = evaluate.find_runs(evaluate.argparse.Namespace(runs=list(made_of), against="dft", must_exist=False))
     results = [evaluate.result(run, "sums", evaluate.count(answers(*told))) for run, (_, *told) in zip(found, runs)]
     return {row["label"]: row for row in evaluate.compare(results, "dft")}
 
@@ -1553,23 +1548,15 @@ def test_sample_gradients_are_those_of_a_direct_backward():
         torch.testing.assert_close(gram[name], g @ g.T, rtol=1e-4, atol=1e-6)
 
 
-def test_correlations_by_hand_with_ties():
-    t = lambda *values: torch.tensor(values, dtype=torch.float64)
-    assert evaluate.ranks(t(3, 1, 3, 2)).tolist() == [3.5, 1, 3.5, 2]
-    assert evaluate.pearson(t(1, 2, 3), t(1, 2, 4)) == pytest.approx(3 / math.sqrt(2 * 14 / 3))
-    spearman = evaluate.pearson(evaluate.ranks(t(1, 2, 3, 4)), evaluate.ranks(t(-5, -5, 2, 90)))
-    assert spearman == pytest.approx(4.5 / math.sqrt(5 * 4.5))
-
-
 def test_the_gradient_study_adds_to_the_results(evaluated, capsys, tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"rows": 3}')
     assert evaluate.main([evaluated["flags"][0], "--gradients", "--limit", "33", "--results", str(path)]) == 0
-    assert "cadft: 33 held-back demonstrations, 1 seed(s)" in capsys.readouterr().out
+    assert "cadft: 33 held-back demonstrations, 1 model(s)" in capsys.readouterr().out
     found = json.loads(path.read_text())
     parts = found["gradients"]["cadft"]
-    assert found["rows"] == 3 and -1 <= parts["sft norm and c_hat"]["pearson"][0] <= 1
-    assert parts["cadft batch"]["second_moment"][0] < parts["dft batch"]["second_moment"][0]
+    assert found["rows"] == 3 and -1 <= parts["c_hat and the sft gradient's norm"]["pearson"][0] <= 1
+    assert parts["cadft, gradient of 32"]["second_moment"][0] < parts["dft, gradient of 32"]["second_moment"][0]
 
 
 def test_a_smaller_evaluation_keeps_the_larger_file(evaluated, tmp_path, capsys):
