@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a token that is not part of the response (Hugging Face's convention)
 
-
 # ---- p_t: the probability of each response token ----------------------------------------------------------
 
 def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
@@ -46,15 +45,11 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
     else:                       # the model alters its logits after the projection: take its own, whole
         features, head = lm(**inputs).logits, torch.nn.Identity()               # [B, T, V]
     features, targets = features[:, :-1][mask], targets[mask]                   # [R, H] or [R, V], [R]
-    parts = [checkpoint(_project, head, f, y, use_reentrant=False, preserve_rng_state=False)
+    project = lambda f, y: _CrossEntropy.apply(head(f), y)                      # a chunk's -log softmax(z)[y]
+    parts = [checkpoint(project, f, y, use_reentrant=False, preserve_rng_state=False)
              for f, y in zip(features.split(chunk), targets.split(chunk))]      # each [chunk] or less
     nll = torch.cat(parts)                                                      # [R]
     return nll.new_zeros(mask.shape).masked_scatter(mask, nll), mask
-
-
-def _project(head, features, targets):
-    """-log softmax(z)[targets] of a chunk's logits z."""
-    return _CrossEntropy.apply(head(features), targets)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -85,8 +80,8 @@ def plain_head(lm):
     """True when the model's logits are its output embedding times its last hidden state, and nothing else.
 
     Soft-capping (Gemma 2) and logit scales (Cohere, Granite) are read from the config, since small logits can
-    hide them; anything else shows when the logits of short sequences are computed both ways. Raises ValueError
-    where these show that nothing here would be right: not causal (BERT), or deaf to its attention mask (RWKV).
+    hide them; anything else shows when logits of short sequences are computed both ways. Raises ValueError
+    for models that are not causal (BERT) or ignore their attention mask (RWKV): nothing here would be right.
     """
     if lm not in _PLAIN:
         config = lm.config.get_text_config()
@@ -133,7 +128,9 @@ def batch_zscore(c_raw, eps=1e-6):
     ValueError when ranks hold different numbers of rows. Section: Dynamic Compatibility Evaluation.
     """
     own = c_raw.detach().double()                                               # [B]
-    _check_equal_rows(own)
+    counts = gather(torch.full((1,), len(own), device=own.device)).tolist() if _world_size() > 1 else []
+    if len(set(counts)) > 1:
+        raise ValueError(f"every rank must hold the same number of rows of the global batch, got {counts}")
     scores = gather(own)                                                        # [G]
     low = scores.min()          # the shift changes nothing but rounding, which could be of the size of eps
     mu = (scores - low).mean()
@@ -157,10 +154,7 @@ def compatibility_weight(c_hat, beta=1.0):
 # ---- The objectives ---------------------------------------------------------------------------------------
 
 def sft_loss(nll, mask):
-    """L_SFT = 1/|y| sum_t -log p_t, the loss of supervised fine-tuning.
-
-    nll, mask  [B, T-1] from token_nll. Returns [B], with gradient. Raises ValueError as compatibility does.
-    """
+    """L_SFT = 1/|y| sum_t -log p_t; nll, mask [B, T-1] -> [B], with gradient. Raises like compatibility."""
     return _response_mean(nll, mask)
 
 
@@ -178,15 +172,14 @@ def focal_loss(nll, mask, gamma=2.0):
     """L_focal = 1/|y| sum_t -(1 - p_t)^gamma log p_t, with gradient through both factors (Lin et al., 2017).
 
     CADFT's opposite: focal loss raises what is hard, token by token; CADFT lowers it, sample by sample.
-    nll, mask  [B, T-1] from token_nll; gamma >= 1, or 0, which is SFT. Returns [B], with gradient. Raises as
-    compatibility does.
+    nll, mask  [B, T-1] from token_nll; gamma >= 1, or 0, which is SFT. Returns [B], with gradient.
     """
     return _response_mean((-torch.expm1(-nll)).pow(gamma) * nll, mask)          # 1 - p = -expm1(-nll)
 
 
 def _response_mean(x, mask):
     """Mean of x over the response tokens of each row, [B, T-1] -> [B]."""
-    count = mask.sum(1)                                                         # [B]
+    count = mask.sum(1)                                                         # [B] |y|
     if (count == 0).any():
         rows = (count == 0).nonzero().flatten().tolist()
         raise ValueError(f"no response token in row(s) {rows}: their compatibility is undefined; drop them")
@@ -196,7 +189,7 @@ def _response_mean(x, mask):
 def cadft_loss(loss, w):
     """L_CADFT = 1/|B| sum_i w_i L_i, divided by |B| and never by the sum of w.
 
-    loss  [B] this rank's dft_loss (or another), with gradient; as many rows on every rank as batch_zscore checked
+    loss  [B] this rank's dft_loss (or another), with gradient; equal B on all ranks, as batch_zscore checks
     w     [B] their weights from compatibility_weight
     Returns a scalar with gradient: this rank's sum times world size / |B|, so that the average that
     DistributedDataParallel takes over ranks is the gradient of L_CADFT. w = 1 (beta = 0) is DFT exactly.
@@ -208,14 +201,6 @@ def cadft_loss(loss, w):
 
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _check_equal_rows(x):
-    if _world_size() == 1:
-        return                  # nothing to compare, and on a GPU nothing to wait for
-    counts = gather(torch.full((1,), len(x), device=x.device)).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(f"every rank must hold the same number of rows of the global batch, got {counts}")
 
 
 def gather(x):
@@ -234,7 +219,7 @@ class CompatibilityEMA(torch.nn.Module):
 
     Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: 0.9 would
     leave four fifths of the weight on the first value after two more visits. decay = 0 keeps the last value.
-    A module with two buffers, so that state_dict() holds its state. Raises ValueError for a decay out of range.
+    A module, so that state_dict() holds its two buffers. Raises ValueError for a decay out of range.
     Section: Delayed Compatibility-Guided Rewriting.
     """
 
@@ -297,14 +282,10 @@ def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, tem
             # generate would fill what `only` leaves open from the checkpoint's own settings (Qwen's, say)
             lm.generation_config = only
             out = lm.eval().generate(torch.tensor(left, device=device), generation_config=only,
-                                     attention_mask=torch.tensor(seen, device=device),
+                                     attention_mask=torch.tensor(seen, device=device), synced_gpus=False,
                                      **only.update(**more))    # what is no setting; [B, width + new]
         finally:
             lm.generation_config = its_own
             lm.train(was_training)
-    return [_until_eos(row, eos_ids) for row in out[:, width:].tolist()]
-
-
-def _until_eos(ids, eos_ids):
-    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
-    return ids[:end]
+    until = lambda row: next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))
+    return [row[:until(row)] for row in out[:, width:].tolist()]

@@ -1018,7 +1018,7 @@ def test_out_destroys_nothing(made, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--out", "out/base-seed0"]) == 2        # where the base model goes
     said = capsys.readouterr().err
-    assert said.count("no run of train.py but not empty") == 3 and said.count("\n") == 3
+    assert said.count("no run but not empty") == 3 and said.count("\n") == 3
     assert (tmp_path / "foreign" / "checkpoint-500").exists() and not Path("out/base-seed0").exists()
 
 

@@ -31,7 +31,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-# read by torch when it loads: large pages for large blocks; threads that wait don't spin: runs may share cores
+# read by torch when it loads: large pages for large blocks; waiting threads don't spin, as runs share cores
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
@@ -268,7 +268,7 @@ def log_row(run, table, elapsed):
 # ==== 2. Rewriting ==========================================================================================
 
 def rewriting_steps(a):
-    """The steps t that a round follows: t >= T_warm, (t - T_warm) mod K = 0 (paper silent: where K starts)."""
+    """The steps t that a round follows: t >= T_warm, (t - T_warm) mod K = 0. Paper silent: where K starts."""
     on = METHODS[a.method][1] and a.rewrite_every
     return range(a.rewrite_after or a.rewrite_every, a.steps + 1, a.rewrite_every) if on else range(0)
 
@@ -402,8 +402,8 @@ def load_model(path, dtype):
         off = without_dropout(config)
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
-        for tensor in (*lm.parameters(), *lm.buffers()):    # a mapped file is aligned otherwise than torch's own
-            tensor.data = tensor.data.clone()               # memory, and some processors then round otherwise
+        for tensor in (*lm.parameters(), *lm.buffers()):    # a mapped file is aligned otherwise than
+            tensor.data = tensor.data.clone()               # torch's memory, and some processors round otherwise there
         cadft.plain_head(lm.to(DEVICE).train())             # refuses what is not causal
     except Exception as error:                              # transformers raises many kinds
         sys.exit(f"{path}: no causal language model with its tokenizer could be loaded ({error})")
@@ -470,11 +470,11 @@ def say(*lines):
 def guarded(program):
     """program(argv) as a main function that returns the exit code: 0, 2 (a mistake), or 128 + signal.
 
-    Mistakes mostly meet every process. A node's first one speaks, and torchrun ends the others while they wait;
+    Mistakes mostly meet every process. A node's first one speaks, and torchrun ends the others as they wait;
     one that is still there was alone with its mistake, and speaks too. Then the process group goes.
     """
     def main(argv=None):
-        warnings.filterwarnings("ignore", message="`broadcast_buffers`")    # its new name is new in torch 2.13
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # its new name came with 2.13
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         sys.stdout.reconfigure(errors="replace")                            # a terminal may know ASCII only
@@ -482,7 +482,7 @@ def guarded(program):
             end = program(argv) or 0
         except SystemExit as exit_:
             end = exit_.code
-        except KeyboardInterrupt:                                           # outside the loop: nothing to save
+        except KeyboardInterrupt:                                   # outside the loop: nothing to save
             end = 130
         except OSError as error:
             end = str(error)
@@ -493,7 +493,7 @@ def guarded(program):
             time.sleep(10 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
             print("error:", " ".join(end.split())[:450], file=sys.stderr, flush=True)
             end = 2
-        gc.collect()    # the group's threads must not outlive it: first goes what holds it (DDP), then the group
+        gc.collect()    # its threads must not outlive the group: first goes what holds it (DDP), then itself
         if dist.is_initialized():
             dist.destroy_process_group()
         return end
@@ -549,7 +549,7 @@ def claim(a):
         return False
     with writing(f"--out {out}", "name another one"):
         if out.exists() and any(out.iterdir()) or not a.model and out == base_folder(a):
-            sys.exit(f"--out {out} is no run of train.py but not empty, or is the base model's: name another one")
+            sys.exit(f"--out {out} is no run but not empty, or is the base model's: name another one")
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "args.json", "x") as file:              # fails where another run was faster
             json.dump(vars(a), file)
@@ -638,7 +638,7 @@ def read_flags(argv, flags, doc, own, runs=False):
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"{message}; see --help")
     if runs:
-        parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="folders or hub names, before all flags")
+        parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="folders or hub names, first")
     for flag, usual, classroom, allowed, text in flags:
         kind, choices = type(classroom), None if isinstance(allowed, tuple) else allowed
         more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
@@ -884,7 +884,7 @@ def make_base(a):
     The stop is by competence, not by step: learning to add comes suddenly, at another step for each seed.
     """
     folder, draw = base_folder(a), random.Random(f"base {a.seed}")
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # if several runs make it, the first one's stays
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # of several, the first one stays
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
     own = argparse.Namespace(**vars(a) | BASE_RUN | {"out": str(draft)})
     texts = (base_document(draw) for _ in range(DOCUMENTS))
@@ -895,7 +895,7 @@ def make_base(a):
     run, right = new_run(own, lm.train(), tokenizer, load_examples(own, tokenizer, rows)[0]), [0.0]
 
     def competent(run):
-        if run.step >= 150 and run.step % (25 if right[-1] < 0.05 else 5) == 0:    # it comes suddenly
+        if run.step >= 150 and run.step % (25 if right[-1] < 0.05 else 5) == 0:     # it comes suddenly
             right.append(competence(run))
         return right[-1] >= COMPETENT
 
