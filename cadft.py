@@ -13,7 +13,6 @@
 Dimensions: B rows on this rank, G rows in the global batch |B|, T tokens, R response tokens of a micro-batch,
 H hidden size, V vocabulary, N examples of the data set. "Paper silent" marks a choice that is ours.
 """
-import math
 import weakref
 
 import torch
@@ -146,7 +145,7 @@ def compatibility_weight(c_hat, beta=1.0):
     Returns w [B] in [0, 1], detached. Raises ValueError for a beta out of range.
     Section: Compatibility-Aware Objective.
     """
-    if not 0 <= beta < math.inf:
+    if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     return torch.exp(-beta * c_hat.detach().clamp(min=0))
 
