@@ -158,7 +158,7 @@ def evaluate(runs, a):
 def answers(run, lm, tokenizer, name, problems, a, bar):
     """Sample and grade one set of problems. Writes eval-NAME.jsonl and returns its rows, on every rank."""
     template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
-    turns = [[train.wrap({"role": "user", "content": p["question"]}, template)] for p in problems]
+    turns = [[{"role": "user", "content": template.replace("{prompt}", p["question"])}] for p in problems]
     prompts = train.encode_prompts(tokenizer, turns, [p["where"] for p in problems])
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or train.MANY
     for prompt, problem in zip(prompts, problems):
@@ -614,7 +614,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (rf"(?<![\\A-Za-z])(?:np\.)?(sqrt|pi|{NAMES}){END}", r"\\\1"),
     (r"\\sqrt ?([0-9]+|[a-z])", r"\\sqrt{\1}"), (r"\\sqrt ?(?:\[([^\[\]]*)\])? ?", r"\\root{\1}"),
     (r"\\frac ?([0-9a-zA-Z]|\\[a-z]+)", r"\\frac{\1}"), (rf"(\\frac ?{GROUP}) ?([0-9a-zA-Z])", r"\1{\2}"),
-    (rf"(?<![0-9.^_])([0-9]+) ?(\\frac ?(?:\{{ ?[0-9]+ ?\}} ?){{2}}|(?<= )[0-9]+/[0-9]+)", r"(\1+\2)"),
+    (r"(?<![0-9.^_])([0-9]+) ?(\\frac ?(?:\{ ?[0-9]+ ?\} ?){2}|(?<= )[0-9]+/[0-9]+)", r"(\1+\2)"),
     (r"\[([^\[\],]*)\]", r"(\1)"), (r"\\log ?_ ?(\{[0-9]+\}|[0-9])", r"\\log(\1)^{-1}\\log "),
     (rf"(\\(?:{NAMES}){END}|/) ?(\^ ?(?:\{{-?[0-9]+\}}|[0-9]))? ?({ARGUMENT})", r"\1(\3)\2")]]
 # 31_7, a number in another base, and f(0), a value of a function, are not computed: they count as letters. So

@@ -363,12 +363,9 @@ def dialogue(row, a, where):
     for turn, name in zip(turns, names):
         if not isinstance(turn.get("content"), str) or not turn["content"]:
             sys.exit(f"{where}: {name} is missing, empty or not a string; see --prompt-field and the like")
-    return [*turns[:-2], wrap(turns[-2], a.prompt_template)], turns[-1]["content"]
-
-
-def wrap(turn, template):
-    """The same turn with its text put into the template."""
-    return turn | {"content": template.replace("{prompt}", turn["content"])}
+    *before, question, response = turns
+    asked = a.prompt_template.replace("{prompt}", question["content"])
+    return [*before, question | {"content": asked}], response["content"]
 
 
 def encode_prompts(tokenizer, dialogues, wheres):
@@ -572,15 +569,11 @@ def save(run):
     state |= {"step": run.step, "seconds": run.seconds, "rewrites": run.rewrites,
               "sizes": {name: (out / name).stat().st_size for name in LOGS}}
     with writing(out / "checkpoint.pt"):
-        torch.save(state, draft)
-        to_disk(draft)
+        with open(draft, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                             # on disk, not in a cache
         os.replace(draft, out / "checkpoint.pt")
-
-
-def to_disk(path):
-    """Have a file on disk, not in a cache."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def restore(run):
@@ -624,8 +617,9 @@ def finish(run):
     with writing(out):
         run.lm.save_pretrained(out)
         run.tokenizer.save_pretrained(out)
-        for path in out.iterdir():
-            to_disk(path)
+        for path in filter(Path.is_file, out.iterdir()):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         (out / "checkpoint.pt").unlink()
 
 
