@@ -637,8 +637,9 @@ def read_flags(argv, flags, doc, own, runs=False):
         kind, choices = type(classroom), None if isinstance(allowed, tuple) else allowed
         more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                 {"nargs": "+", "choices": choices} if kind is list else {"type": kind, "choices": choices})
-        interval = "" if choices or not allowed else f", from {allowed[0]} to {allowed[1]}"
-        text += f" (default {usual}, classroom {classroom}{interval})"
+        interval = "" if choices or not allowed else f"; {allowed[0]:g} to {allowed[1]:g}"
+        shown = f"{classroom}" if usual in (None, classroom) else f"{usual}, in the classroom {classroom}"
+        text += f" ({shown}{interval})" if classroom not in ("", []) else ""
         parser.add_argument(f"--{flag}", help=text, **more)
     given = vars(parser.parse_args(argv))
     column = 1 if given.get(own) else 2
