@@ -440,6 +440,8 @@ def key(*parts):
 
 def join():
     """Join torchrun's processes, if it started us: nccl on CUDA, else gloo. Returns (world, rank)."""
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
     if "RANK" not in os.environ:
         return 1, 0
     store, rank, world = next(dist.rendezvous("env://"))
