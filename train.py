@@ -883,7 +883,7 @@ def make_base(a):
     folder, draw = base_folder(a), random.Random(f"base {a.seed}")
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # of several, the first one stays
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
-    own = argparse.Namespace(**vars(a) | BASE_RUN | {"out": str(draft)})
+    own = argparse.Namespace(**vars(parse(["--seed", f"{a.seed}"])) | BASE_RUN | {"out": str(draft)})
     texts = (base_document(draw) for _ in range(DOCUMENTS))
     rows = (("document", {"prompt": text[0], "response": text[1:]}) for text in texts)
     torch.manual_seed(a.seed)
