@@ -97,7 +97,8 @@ def parse(argv):
     if a.grade and a.runs:
         sys.exit(f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
     if a.plot:
-        pyplot()
+        with writing(a.plot, "see --plot"):
+            pyplot().figure().savefig(a.plot)                  # the place and the format will do
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     a.must_exist = "against" in given
@@ -126,7 +127,7 @@ def find_runs(a):
 
 def read_run(path):
     """What a folder, or else a hub name, says about the run in it."""
-    folder, args = Path(path), train.read_args(path)
+    folder, args = Path(path), train.read_json(Path(path, "args.json"))
     hub = len(folder.parts) == 1 or len(folder.parts) == 2 and not folder.parent.is_dir()      # owner/name
     if not folder.is_dir() and (folder.exists() or not hub):
         sys.exit(f"{path}: no such folder; name that of a run, or a hub name")
@@ -164,6 +165,10 @@ def answers(run, lm, tokenizer, name, problems, a, bar):
     for prompt, problem in zip(prompts, problems):
         if not 0 < len(prompt) < positions:
             sys.exit(f"{problem['where']}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
+    beside = not a.out and os.path.isdir(run["run"]) and os.access(run["run"], os.W_OK)
+    folder = Path(run["run"] if beside else f"{a.out or 'out'}/{run['run'].strip('/').replace('/', '--')}")
+    with writing(folder, "see --out"):
+        folder.mkdir(parents=True, exist_ok=True)
     rows, stops = {}, train.eos_ids(lm, tokenizer)
     for number, (heat, pairs) in enumerate(batches(prompts, a)):
         if number % a.world == a.rank:                         # every world-th batch is this rank's
@@ -177,9 +182,7 @@ def answers(run, lm, tokenizer, name, problems, a, bar):
     parts = {number: some for part in gather_objects(rows) for number, some in part.items()}
     rows = [row for number in sorted(parts) for row in parts[number]]
     if a.rank == 0:
-        beside = not a.out and os.path.isdir(run["run"]) and os.access(run["run"], os.W_OK)
-        folder = run["run"] if beside else Path(a.out or "out", run["run"].strip("/").replace("/", "--"))
-        write_rows(Path(folder, f"eval-{name}.jsonl"), rows)
+        write_rows(folder / f"eval-{name}.jsonl", rows)
     return rows
 
 
@@ -213,10 +216,10 @@ def write_rows(path, rows):
     """Write eval-NAME.jsonl; a larger one that is there is kept as eval-NAME.old.jsonl."""
     draft, old = path.with_suffix(".tmp"), path.with_suffix(".old.jsonl")
     with writing(path, "see --out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if path.exists() and path.read_bytes().count(b"\n") > len(rows):
+        there, kept = (p.read_bytes().count(b"\n") if p.exists() else 0 for p in (path, old))
+        if there > max(kept, len(rows)):
             os.replace(path, old)
             say(f"{path}: held more than these {len(rows)} answers; kept as {old.name}")
         os.replace(draft, path)
@@ -230,7 +233,7 @@ def classroom_problems(run, a):
     some = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum", "where": f"{x}+{y}"}
             for x, y in train.problems(digits, 100) if train.carries(x, y) >= hard]
     name = "classroom" + f"-{digits}-digits" * (digits != 3) + f"-{hard}-carries" * (hard > 0)
-    return {name: some[:a.limit or None]}
+    return {name: some[:a.limit or None] or sys.exit(f"--classroom-carries {hard}: no sum has so many")}
 
 
 def load_problems(path, limit=0):
@@ -251,14 +254,15 @@ def reference_of(row, where):
         if values and all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
             return ", ".join(map(str, values))
     boxed = last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
-    return boxed or sys.exit(f'{where}: no reference: no "answer", "final_answer" or \\boxed{{}} in "solution"')
+    return boxed or sys.exit(f'{where}: no reference in "answer", "final_answer" or "solution" (\\boxed)')
 
 
 def grade_file(path):
     """Grade rows with response and reference; those with one problem, question or prompt are its samples."""
     rows = []
     for number, (where, row) in enumerate(read_jsonl(path)):
-        if not isinstance(row.get("response"), str) or not isinstance(row.get("tokens", 0), (int, float)):
+        tokens = row.get("tokens", 0)
+        if not isinstance(row.get("response"), str) or type(tokens) not in (int, float) or not tokens < 1e12:
             sys.exit(f'{where}: "response" must be a string (and "tokens", if there, a number)')
         row["reference"] = reference_of(row, where)
         named = [row[name] for name in ("problem", "question", "prompt") if row.get(name) is not None]
@@ -397,8 +401,8 @@ def write_results(a, **parts):
     path = Path(a.results or beside / "results.json")
     with writing(path, "see --results"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        text = re.sub(r"\bNaN\b", "null", json.dumps(old | {"settings": vars(a)} | parts, indent=1))
+        text = json.dumps(train.read_json(path) | {"settings": vars(a)} | parts, indent=1)
+        text = re.sub(r"\bNaN\b", "null", text)
         path.with_suffix(".tmp").write_text(text + "\n", "utf-8")
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -418,7 +422,7 @@ def gradient_study(runs, a):
     studies, out = {}, {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
         lm, tokenizer, _ = train.load_model(run["run"], getattr(torch, a.dtype))
-        found = study(lm.eval(), held_back(run, tokenizer, a), run["args"].get("beta") or 1.0)
+        found = study(lm.eval(), held_back(run, tokenizer, a), run["args"].get("beta", 1.0))
         studies.setdefault(run["label"], []).append(found)
     for label, some in studies.items():
         say(f"{label}: {some[0].pop('n')} held-back demonstrations, {len(some)} model(s)")
@@ -667,7 +671,7 @@ def same_answer(prediction, reference):
         return bool(prediction and reference)
     try:
         return _same(_parse(prediction), _parse(reference))
-    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, MemoryError):
+    except Exception:
         return False  # one is not understood
 
 

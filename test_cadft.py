@@ -1073,7 +1073,7 @@ def classroom(tmp_path, monkeypatch):
 def test_the_base_model_is_an_ordinary_run_made_once_for_all_methods(classroom, capsys):
     assert train.main(classroom) == 0
     base = Path("out", "base-seed0", "model.safetensors").read_bytes()
-    assert len(log("out/base-seed0")) == 4 and train.read_args("out/base-seed0")["method"] == "sft"
+    assert len(log("out/base-seed0")) == 4 and train.read_json(Path("out/base-seed0/args.json"))["method"] == "sft"
     assert train.main([*classroom, "--method", "focal"]) == 0
     assert Path("out", "base-seed0", "model.safetensors").read_bytes() == base
     assert sorted(os.listdir("out")) == ["base-seed0", "cadft-seed0", "focal-seed0"]      # no draft is left
@@ -1129,7 +1129,7 @@ def test_the_start_for_reinforcement_learning_runs_as_printed(classroom):
     done = command_line(sys.executable, "grpo.py", "out/cadft-seed0", "out/grpo", env={"PYTHONPATH": str(HERE)})
     assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2, 3]
     assert evaluate.main(["out/grpo", "--samples", "1", "--limit", "2"]) == 0
-    assert train.read_args("out/grpo")["method"] == "cadft + GRPO"
+    assert train.read_json(Path("out/grpo/args.json"))["method"] == "cadft + GRPO"
 
 
 @pytest.mark.ranks

@@ -88,7 +88,8 @@ FLAGS = [
 ]
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
 FREE = {"out", "data", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
-LOGS, STATEFUL = ("log.jsonl", "rewrites.jsonl"), ("lm", "optimizer", "tracker")
+LOGS = "log.jsonl", "rewrites.jsonl"
+STATEFUL, PLAIN = ("lm", "optimizer", "tracker"), ("step", "seconds", "rewrites", "sizes")   # in a checkpoint
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 
@@ -117,6 +118,7 @@ class Run:
     world: int = 1
     rank: int = 0
     rewrites: dict = field(default_factory=dict)    # index -> the response ids that replaced the original's
+    sizes: dict = field(default_factory=dict)       # of the logs, in bytes: more is another process's
     step: int = 0
     seconds: float = 0.0
     signal: int = 0             # the number of the signal that asks it to stop
@@ -325,7 +327,7 @@ def load_examples(a, tokenizer, rows=None):
                 kind = None if row.get("kind") is None else str(row["kind"])
                 examples.append(Example(len(examples), *ids, kind))
     if not examples:
-        sys.exit(f"{a.data}: no usable row; {dropped} have prompts longer than --max-length allows")
+        sys.exit(f"{a.data or 'the classroom'}: no usable row; {dropped} prompts leave no room (--max-length)")
     return examples, cut, dropped
 
 
@@ -371,12 +373,14 @@ def dialogue(row, a, where):
 def encode_prompts(tokenizer, dialogues, wheres):
     """Token ids of prompts: by the chat template, else the text as it is. One bos, where there is a bos."""
     texts, bos = [], tokenizer.bos_token_id
+    today = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"       # or prompts change overnight
     for turns, where in zip(dialogues, wheres):
         if not tokenizer.chat_template and len(turns) > 1:
             sys.exit(f"{where}: {len(turns)} turns before the response, but no chat template")
         try:
-            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                         if tokenizer.chat_template else turns[0]["content"])
+            texts.append(tokenizer.apply_chat_template(
+                turns, chat_template=today + tokenizer.get_chat_template(), tokenize=False,
+                add_generation_prompt=True) if tokenizer.chat_template else turns[0]["content"])
         except Exception as error:                              # whatever the template's code raises
             sys.exit(f"{where}: the chat template refuses these turns ({error})")
     prompts = []
@@ -394,13 +398,13 @@ def load_model(path, dtype):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
-        if getattr(config, "vision_config", None):
-            raise TypeError("it reads pictures: the README has a loop for such models, this one is for text")
+        if getattr(config, "vision_config", None) or config.is_encoder_decoder:
+            raise TypeError("it reads pictures or has an encoder: this one is for text; see the README")
         off = without_dropout(config)
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
         for tensor in (*lm.parameters(), *lm.buffers()):    # a mapped file is aligned otherwise than
-            tensor.data = tensor.data.clone()               # torch's memory, and some processors round otherwise there
+            tensor.data = tensor.data.clone()               # torch's memory; some processors round otherwise
         cadft.plain_head(lm.to(DEVICE).train())             # refuses what is not causal
     except Exception as error:                              # transformers raises many kinds
         sys.exit(f"{path}: no causal language model with its tokenizer could be loaded ({error})")
@@ -444,7 +448,10 @@ def join():
         torch.cuda.set_device(DEVICE)
     if "RANK" not in os.environ:
         return 1, 0
-    store, rank, world = next(dist.rendezvous("env://"))
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        sys.exit(f"RANK is set, but not by torchrun: unset it ({error})")
     # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
     store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=rank, world_size=world,
@@ -476,7 +483,8 @@ def guarded(program):
         warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # its new name came with 2.13
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        sys.stdout.reconfigure(errors="replace")                            # a terminal may know ASCII only
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="replace")                        # a terminal may know ASCII only
         try:
             end = program(argv) or 0
         except SystemExit as exit_:
@@ -535,7 +543,7 @@ def writing(path, then="the last checkpoint is safe: make room, and --resume goe
     """What goes wrong with a file in here is told in one line; rank 0 alone comes here."""
     try:
         yield
-    except (OSError, RuntimeError) as error:                    # libraries have their own for a full disk
+    except Exception as error:                                  # libraries have their own for a full disk
         sys.exit(f"{path}: can't be written; {then} ({error})")
 
 
@@ -547,8 +555,8 @@ def claim(a):
             sys.exit(f"--out {out} holds a run: --resume goes on with it, another --out starts a new one")
         return False
     with writing(f"--out {out}", "name another one"):
-        if out.exists() and any(out.iterdir()) or not a.model and out == base_folder(a):
-            sys.exit(f"--out {out} is no run but not empty, or is the base model's: name another one")
+        if out.exists() and any(out.iterdir()) or out.name.startswith("base-seed"):
+            sys.exit(f"--out {out} is no run but not empty, or a name for base models: name another one")
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "args.json", "x") as file:              # fails where another run was faster
             json.dump(vars(a), file)
@@ -568,8 +576,7 @@ def save(run):
         return
     out, draft = Path(run.args.out), Path(run.args.out, "checkpoint.tmp")
     state = {part: getattr(run, part).state_dict() for part in STATEFUL}
-    state |= {"step": run.step, "seconds": run.seconds, "rewrites": run.rewrites,
-              "sizes": {name: (out / name).stat().st_size for name in LOGS}}
+    state |= {name: getattr(run, name) for name in PLAIN}
     with writing(out / "checkpoint.pt"):
         with open(draft, "wb") as file:
             torch.save(state, file)
@@ -583,34 +590,42 @@ def restore(run):
 
     The model was loaded as at a fresh start and its state is copied in: memory lies as if never interrupted.
     """
-    out, sizes = Path(run.args.out), dict.fromkeys(LOGS, 0)
+    out, run.sizes = Path(run.args.out), dict.fromkeys(LOGS, 0)
     try:
         if (out / "checkpoint.pt").exists():
             state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
             for part in STATEFUL:
                 getattr(run, part).load_state_dict(state[part])
-            run.step, run.seconds, run.rewrites, sizes = (
-                state[name] for name in ("step", "seconds", "rewrites", "sizes"))
+            for name in PLAIN:
+                setattr(run, name, state[name])
             for i, ids in run.rewrites.items():
                 run.examples[i].response_ids = ids
     except Exception as error:
-        sys.exit(f"{out / 'checkpoint.pt'}: damaged; restore it, or delete it to start afresh ({error})")
-    if run.rank == 0:
-        with writing(out):
-            (out / "args.tmp").write_text(json.dumps(vars(run.args), indent=1) + "\n", "utf-8")
-            os.replace(out / "args.tmp", out / "args.json")
-            for name, size in sizes.items():
-                with open(out / name, "ab") as file:
-                    if file.tell() < size:
-                        say(f"{out / name} is shorter than it was at the checkpoint: lines of it are lost")
-                    file.truncate(min(file.tell(), size))
+        sys.exit(f"{out / 'checkpoint.pt'}: damaged; restore it, or name another --out ({error!r})")
+    if run.rank > 0:
+        return
+    with writing(out):
+        (out / "args.tmp").write_text(json.dumps(vars(run.args), indent=1) + "\n", "utf-8")
+        os.replace(out / "args.tmp", out / "args.json")
+        for name, size in run.sizes.items():
+            with open(out / name, "ab+") as file:
+                file.seek(0)
+                run.sizes[name] = file.read(size).rfind(b"\n") + 1
+                if run.sizes[name] < size:
+                    say(f"{out / name} is shorter than it was at the checkpoint: lines of it are lost")
+                file.truncate(run.sizes[name])
 
 
 def append(run, name, rows):
     """Rank 0: add rows to one of the run's logs."""
-    if run.rank == 0:
-        with writing(Path(run.args.out, name)), open(Path(run.args.out, name), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = Path(run.args.out, name)
+    if run.rank > 0:
+        return
+    with writing(path), open(path, "ab") as file:
+        if file.tell() != run.sizes[name]:
+            sys.exit(f"{path} was changed by another process: is this run going on twice?")
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        run.sizes[name] = file.tell()
 
 
 def finish(run):
@@ -619,7 +634,7 @@ def finish(run):
     with writing(out):
         run.lm.save_pretrained(out)
         run.tokenizer.save_pretrained(out)
-        for path in filter(Path.is_file, out.iterdir()):
+        for path in filter(Path.is_file, out.rglob("*")):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         (out / "checkpoint.pt").unlink()
@@ -685,7 +700,7 @@ def prepare(a, world, rank):
     found = finished(a.out), Path(a.out, "checkpoint.pt").exists()
     if len(set(gather_objects((a.data_sha256, found)))) > 1:
         sys.exit("the processes differ in their data, or in what --out holds: give all nodes the same files")
-    saved = read_args(a.out) if any(found) else vars(a)
+    saved = read_json(Path(a.out, "args.json")) if any(found) else vars(a)
     differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
               for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
     if differ:
@@ -700,9 +715,12 @@ def prepare(a, world, rank):
 
 def new_run(a, lm, tokenizer, examples, *world_and_rank):
     """A run at its beginning."""
-    if a.gradient_checkpointing:
+    try:
         old_name = lm.gradient_checkpointing_enable             # in transformers 5.17, say
-        getattr(lm, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        if a.gradient_checkpointing:
+            getattr(lm, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    except ValueError as error:
+        sys.exit(f"{a.model}: try --no-gradient-checkpointing ({error})")
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
     tracker = cadft.CompatibilityEMA(len(examples), a.ema_decay)
     return Run(a, lm, tokenizer, examples, optimizer, tracker, *world_and_rank)
@@ -722,13 +740,12 @@ def check_sizes(a, examples, lm, world):
             sys.exit(what)
 
 
-def read_args(folder):
-    """A run's args.json; {} where there is none."""
-    path = Path(folder, "args.json")
+def read_json(path):
+    """The object in a JSON file; {} where there is none."""
     try:
         return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        sys.exit(f"{path}: damaged; restore it ({error})")
+    except (ValueError, TypeError, RecursionError) as error:
+        sys.exit(f"{path}: damaged; restore or remove it ({error})")
 
 
 def describe(run, lengths, off):
@@ -754,6 +771,8 @@ def describe(run, lengths, off):
 def report(run):
     """Say what happened, from the files of the run; by kind where kinds are known."""
     log, rewrites = ([row for _, row in read_jsonl(Path(run.args.out, name))] for name in LOGS)
+    if not log:
+        return
     first, last = ([row for row in log if row["epoch"] == log[i]["epoch"]] for i in (0, -1))
 
     def mean(kind, name, rows):
@@ -785,7 +804,8 @@ def main(argv):
         run = prepare(a, *join())
     except BaseException:
         if claimed:                                     # nothing was computed: the folder is free again
-            shutil.rmtree(a.out)
+            Path(a.out, "args.json").unlink(missing_ok=True)
+            shutil.rmtree(a.out, ignore_errors=True)
         raise
     code = train(run) if run else 0
     if run and run.rank == 0 and code == 0:
@@ -896,14 +916,15 @@ def make_base(a):
             right.append(competence(run))
         return right[-1] >= COMPETENT
 
+    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     restore(run)
     code = train(run, until=competent)
     if code == 0:
         finish(run)
-        say(f"{folder}: right on {right[-1]:.0%} of sums, sampled, after {run.step} steps")
         with contextlib.suppress(OSError):
             os.replace(draft, folder)
+        say(f"{folder}: right on {right[-1]:.0%} of sums, sampled, after {run.step} steps")
     shutil.rmtree(draft, ignore_errors=True)
     if code:
         sys.exit(code)
