@@ -327,7 +327,7 @@ def load_examples(a, tokenizer, rows=None):
                 kind = None if row.get("kind") is None else str(row["kind"])
                 examples.append(Example(len(examples), *ids, kind))
     if not examples:
-        sys.exit(f"{a.data or 'the classroom'}: no usable row; {dropped} prompts leave no room (--max-length)")
+        sys.exit(f"{a.data or 'the classroom'}: no usable row; {dropped} prompts fill --max-length")
     return examples, cut, dropped
 
 
