@@ -558,10 +558,13 @@ def curves(axis, lines, title, unit):
     for colour, (name, values) in zip(COLOURS * len(lines), lines.items()):
         axis.plot(range(1, len(values) + 1), values, color=colour, label=name)
     axis.set(title=title, xlabel="optimizer step", ylabel=unit, ylim=(0, None))
-    top, at = axis.get_ylim()[1], -1.0
-    for line in sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1]):
-        at = max(at + 0.065, line.get_ydata()[-1] / top)
-        axis.text(1.01, at, line.get_label(), color=line.get_color(), transform=axis.transAxes, va="center")
+    ends = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1])
+    top, heights = axis.get_ylim()[1], [0.0]
+    for line in ends:
+        heights.append(max(heights[-1] + 0.065, line.get_ydata()[-1] / top))
+    for i, line in enumerate(reversed(ends)):
+        axis.text(1.01, min(heights[-1 - i], 1 - 0.065 * i), line.get_label(), color=line.get_color(),
+                  transform=axis.transAxes, va="center")
 
 
 # ==== 7. Grading ===========================================================================================
