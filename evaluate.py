@@ -777,4 +777,4 @@ def _same(prediction, reference):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    train.leave(main())

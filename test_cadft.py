@@ -768,7 +768,7 @@ def patched(tmp_path, code):
     """A train.py which does this before it runs."""
     script = tmp_path / "patched.py"
     script.write_text(f"import itertools, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
-                      f"{code}\nsys.exit(train.main())")
+                      f"{code}\ntrain.leave(train.main())")
     return script
 
 
