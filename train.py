@@ -501,7 +501,7 @@ def guarded(program):
             time.sleep(10 * (int(os.environ.get("LOCAL_RANK", 0)) > 0))
             print("error:", " ".join(end.split())[:450], file=sys.stderr, flush=True)
             end = 2
-        gc.collect()                                    # first goes what holds the group (DDP), then the group
+        gc.collect()    # first goes what holds the group (DDP), then the group
         if dist.is_initialized():
             dist.destroy_process_group()
         return end
