@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import cadft
-from train import gather_objects, key, read_jsonl, say, writing
+from train import RANK, WORLD, key, read_jsonl, say, writing
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
 POWERS = [2 ** i for i in range(14)]                           # the k of pass@k
@@ -65,30 +65,12 @@ FLAGS = [
 
 
 # ==== 1. From runs to a table ===============================================================================
-# A run is a dict: run (path), method, seed, args (of its args.json), differs (those of them that differ among
-# runs of its method) and label (of its row). A result is one too: the run, data (the set's name), problems,
-# each (a number a problem for each metric), mean and standard_error.
+# A run is a dict: run (path), method, seed, args (of its args.json) and label (of its row). A result has
+# besides: data (the set's name), problems, each (a number a problem for each metric), mean, standard_error.
 
 @train.guarded
 def main(argv):
     """evaluate.py: sample and grade what is named, print the table, write results.json."""
-    a = parse(argv)
-    a.world, a.rank = train.join()
-    if a.gradients:
-        return gradient_study(find_runs(a), a)
-    results = grade_file(a.grade) if a.grade else evaluate(find_runs(a), a)
-    if a.rank == 0:
-        rows = compare(results, a.against)
-        say(*table(rows, a.against))
-        if a.results or not a.grade:
-            runs = [{name: r[name] for name in r if name not in ("each", "args")} for r in results]
-            write_results(a, runs=runs, rows=rows)
-        if a.plot:
-            draw(a.plot, rows, results)
-
-
-def parse(argv):
-    """The arguments; what can't be right is said before the work."""
     a, given = train.read_flags(argv, FLAGS, __doc__, "data", runs=True)
     if "{prompt}" not in (a.prompt_template or "{prompt}"):
         sys.exit("--prompt-template has no {prompt} in it: the question would be lost")
@@ -97,31 +79,41 @@ def parse(argv):
     if a.grade and a.runs:
         sys.exit(f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
     if a.plot:
-        with writing(a.plot, "see --plot"):
-            pyplot().figure().savefig(a.plot)                  # the place and the format will do
+        with writing(a.plot, "see --plot"):                    # will the place and the format do?
+            pyplot().figure().savefig(a.plot)
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
-    a.must_exist = "against" in given
     a.dtype = a.dtype or ("bfloat16" if train.CUDA and not a.gradients else "float32")
-    return a
+    train.join()
+    runs = [] if a.grade else find_runs(a)
+    labels = list(dict.fromkeys(run["label"] for run in runs))
+    if "against" in given and a.against not in labels:
+        sys.exit(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
+    if a.gradients:
+        return gradient_study(runs, a)
+    bar = tqdm(runs, "evaluate", unit="run", disable=RANK > 0 or None)
+    results = grade_file(a.grade) if a.grade else [r for run in bar for r in evaluate(run, a)]
+    rows = compare(results, a.against)
+    say(*table(rows, a.against))
+    if RANK == 0 and (a.results or not a.grade):
+        runs = [{name: r[name] for name in r if name not in ("each", "args")} for r in results]
+        write_results(a, runs=runs, rows=rows)
+    if RANK == 0 and a.plot:
+        draw(a.plot, rows, results)
 
 
 def find_runs(a):
-    """The runs named, or all finished ones under out/, base models included."""
+    """The runs named, or all finished ones under out/ with the base models, each with its row's label."""
     there = (folder for folder in sorted(Path("out").glob("[!.]*")) if train.finished(folder))
     runs, taken = [read_run(path) for path in dict.fromkeys(map(os.path.normpath, a.runs or there))], []
     for run in runs:
         kin = [other["args"] for other in runs if other["method"] == run["method"]]
         names = sorted(set().union(*kin) - train.FREE - {"seed", "data_sha256"})
-        run["differs"] = {name: run["args"].get(name) for name in names
-                          if any(args.get(name) != run["args"].get(name) for args in kin)}
-        run["label"] = " ".join([run["method"], *map("{0[0]}={0[1]}".format, run["differs"].items())])
+        differ = [name for name in names if any(args.get(name) != run["args"].get(name) for args in kin)]
+        run["label"] = " ".join([run["method"], *(f"{name}={run['args'].get(name)}" for name in differ)])
         taken.append((run["label"], run["seed"]))
         again = taken.count(taken[-1])                         # the same run twice is no second seed
         run["label"] += f" #{again}" if again > 1 else ""
-    labels = list(dict.fromkeys(run["label"] for run in runs))
-    if a.must_exist and a.against not in labels:
-        sys.exit(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
     return runs or sys.exit("out/ holds no finished run: python train.py makes one; or name a folder")
 
 
@@ -138,25 +130,18 @@ def read_run(path):
             "seed": int(base[1]) if base else args.get("seed")}
 
 
-def evaluate(runs, a):
-    """Sample and grade every run on every set of problems. Returns a list of results, on every rank."""
-    files = {Path(path).stem: load_problems(path, a.limit) for path in a.data}
-    sets = [files or classroom_problems(run, a) for run in runs]
-    total, results = sum(len(some) * (1 + a.samples) for each in sets for some in each.values()), []
-    with tqdm(total=total, unit="answer", disable=a.rank > 0 or None) as bar:
-        for run, each in zip(runs, sets):
-            bar.set_description(run["run"])
-            lm, tokenizer, _ = train.load_model(run["run"], getattr(torch, a.dtype))
-            done = [result(run, name, count(answers(run, lm.eval(), tokenizer, name, some, a, bar)))
-                    for name, some in each.items()]
-            results += done + ([average_of_files(done)] if len(done) > 1 else [])
-            del lm                                             # before the next one comes
-    return results
+def evaluate(run, a):
+    """Sample and grade one run on every set of problems. Returns a list of results, on every rank."""
+    lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
+    sets = {Path(path).stem: load_problems(path, a.limit) for path in a.data} or classroom_problems(run, a)
+    results = [result(run, name, count(answers(run, lm.eval(), tokenizer, name, some, a)))
+               for name, some in sets.items()]
+    return results + ([average_of_files(results)] if len(results) > 1 else [])
 
 
 # ==== 2. Sampling ===========================================================================================
 
-def answers(run, lm, tokenizer, name, problems, a, bar):
+def answers(run, lm, tokenizer, name, problems, a):
     """Sample and grade one set of problems. Writes eval-NAME.jsonl and returns its rows, on every rank."""
     template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
     turns = [[{"role": "user", "content": template.replace("{prompt}", p["question"])}] for p in problems]
@@ -170,29 +155,31 @@ def answers(run, lm, tokenizer, name, problems, a, bar):
     with writing(folder, "see --out"):
         folder.mkdir(parents=True, exist_ok=True)
     rows, stops = {}, train.eos_ids(lm, tokenizer)
-    for number, (heat, pairs) in enumerate(batches(prompts, a)):
-        if number % a.world == a.rank:                         # every world-th batch is this rank's
+    bar = tqdm(batches(prompts, a), name, unit="batch", leave=False, disable=RANK > 0 or None)
+    for number, (heat, pairs) in enumerate(bar):
+        if number % WORLD == RANK:                             # every world-th batch is this rank's
             some = [prompts[i] for i, _ in pairs]
             limit = min(a.max_tokens, positions - max(map(len, some)))
             told = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, heat,
                                          key(a.seed, run["seed"], number))
             rows[number] = [row_of(problems[i], i, sample, ids, stops, tokenizer)
                             for (i, sample), ids in zip(pairs, told)]
-        bar.update(len(pairs))
-    parts = {number: some for part in gather_objects(rows) for number, some in part.items()}
+    parts = {number: some for part in train.gather_objects(rows) for number, some in part.items()}
     rows = [row for number in sorted(parts) for row in parts[number]]
-    if a.rank == 0:
-        write_rows(folder / f"eval-{name}.jsonl", rows)
+    if RANK == 0:                                              # a smaller trial does not overwrite the whole
+        name += "".join(f"-{flag}{value}" for flag, value, usual in
+                        (("limit", a.limit, 0), ("samples", a.samples, 16)) if value != usual)
+        train.write_rows(folder / f"eval-{name}.jsonl", rows, "w")
     return rows
 
 
 def batches(prompts, a):
-    """Yield (temperature, [(problem, sample), ...]); longest prompts first: lack of memory shows at once."""
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    """[(temperature, [(problem, sample), ...])]; longest prompts first: lack of memory shows at once."""
+    order, out = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)), []
     for heat, samples in (0.0, ["greedy"]), (a.temperature, range(a.samples)):
-        pairs = ((i, sample) for i in order for sample in samples)
-        while some := list(islice(pairs, a.batch_size)):
-            yield heat, some
+        pairs = [(i, sample) for i in order for sample in samples]
+        out += [(heat, pairs[i:i + a.batch_size]) for i in range(0, len(pairs), a.batch_size)]
+    return out
 
 
 def row_of(problem, number, sample, ids, stops, tokenizer):
@@ -210,19 +197,6 @@ def grade(row):
         return row["passed"] is True
     right = train.is_sum if row.get("grader") == "sum" else is_correct
     return row.get("finished") is not False and right(row["response"], row["reference"])
-
-
-def write_rows(path, rows):
-    """Write eval-NAME.jsonl; a larger one that is there is kept as eval-NAME.old.jsonl."""
-    draft, old = path.with_suffix(".tmp"), path.with_suffix(".old.jsonl")
-    with writing(path, "see --out"):
-        with open(draft, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        there, kept = (p.read_bytes().count(b"\n") if p.exists() else 0 for p in (path, old))
-        if there > max(kept, len(rows)):
-            os.replace(path, old)
-            say(f"{path}: held more than these {len(rows)} answers; kept as {old.name}")
-        os.replace(draft, path)
 
 
 # ==== 3. Problems ===========================================================================================
@@ -363,7 +337,7 @@ def difference(ours, theirs):
 
 
 def table(rows, against):
-    """The rows as lines of text, a table for each set of problems."""
+    """The rows as lines of text, a table for each set of problems; columns without a value are left out."""
     lines = []
     for data in dict.fromkeys(row["data"] for row in rows):
         some = [row for row in rows if row["data"] == data]
@@ -377,7 +351,10 @@ def table(rows, against):
                           *map(percent, (m.get(top, math.nan), m["cut_off"], m["mean_tokens"] / 100)),
                           str(len(row["seeds"])),
                           *(percent(*paired.get(share, [math.nan]), sign="+") for share in SHARES)])
-        lines += [f"{data}: {some[0]['problems']} problems", *aligned(cells)]
+        columns = [column for column in zip(*cells) if set(column[1:]) != {"-"}]
+        pads = [str.ljust, *[str.rjust] * (len(columns) - 1)]
+        columns = [[pad(cell, max(map(len, column))) for cell in column] for pad, column in zip(pads, columns)]
+        lines += [f"{data}: {some[0]['problems']} problems", *map("  ".join, zip(*columns))]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
@@ -387,105 +364,80 @@ def percent(value, error=math.nan, sign=""):
     return "-" if math.isnan(value) else f"{100 * value:{sign}.1f}{spread}"
 
 
-def aligned(cells):
-    """Rows of cells as lines of text; columns that hold no value are left out."""
-    columns_ = [column for column in zip(*cells) if set(column[1:]) != {"-"}]
-    pads = [str.ljust, *[str.rjust] * (len(columns_) - 1)]
-    padded = [[pad(cell, max(map(len, column))) for cell in column] for pad, column in zip(pads, columns_)]
-    return ["  ".join(row) for row in zip(*padded)]
-
-
 def write_results(a, **parts):
     """Put these parts into results.json, nan as null; what else is in it stays."""
     beside = Path(a.runs[0]).parent if a.runs and os.path.isdir(a.runs[0]) else Path(a.out or "out")
     path = Path(a.results or beside / "results.json")
+    parts = json.loads(json.dumps({"settings": vars(a)} | parts), parse_constant=lambda _: None)
     with writing(path, "see --results"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(train.read_json(path) | {"settings": vars(a)} | parts, indent=1)
-        text = re.sub(r"\bNaN\b", "null", text)
-        path.with_suffix(".tmp").write_text(text + "\n", "utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        train.write_json(path, train.read_json(path) | parts)
 
 
 # ==== 5. Gradients ==========================================================================================
 
-LOSSES = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}
-
-
 def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
 
-    Both are measured on held-back demonstrations; the tables (means over seeds) also go to results.json.
+    Both are measured on held-back demonstrations: those of --data, or new ones like the run's.
     """
-    if a.world > 1:
-        sys.exit("--gradients runs in one process: start it without torchrun")
-    studies, out = {}, {}
+    found, usual = {}, {row[0].replace("-", "_"): row[2] for row in train.FLAGS}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
-        lm, tokenizer, _ = train.load_model(run["run"], getattr(torch, a.dtype))
-        found = study(lm.eval(), held_back(run, tokenizer, a), run["args"].get("beta", 1.0))
-        studies.setdefault(run["label"], []).append(found)
-    for label, some in studies.items():
-        say(f"{label}: {some[0].pop('n')} held-back demonstrations, {len(some)} model(s)")
-        out[label] = {part: {name: mean_and_error([found[part][name] for found in some])
-                             for name in some[0][part]} for part in some[0]}
-        for lines in list(out[label].items())[:2], list(out[label].items())[2:]:
-            say(*aligned([["", *lines[0][1]]] + [[part, *(f"{m:.3g} ± {e:.1g}" for m, e in cells.values())]
-                                                 for part, cells in lines]))
-    write_results(a, gradients=out)
-
-
-def held_back(run, tokenizer, a):
-    """Demonstrations of --data, or new ones like those of the run."""
-    usual = {row[0].replace("-", "_"): row[2] for row in train.FLAGS}
-    own = {name: value for name, value in run["args"].items() if value is not None}
-    own |= {"data": a.data[0] if a.data else "", "classroom_size": a.limit or 256, "seed": run["seed"]}
-    rows = None if a.data else train.classroom_rows(argparse.Namespace(**usual | own), split="held back")
-    examples = train.load_examples(argparse.Namespace(**usual | own), tokenizer, rows)[0][:a.limit or 256]
-    if len(examples) <= 32:
-        sys.exit(f"--gradients needs more than 32 demonstrations, a batch; there are {len(examples)}")
-    return examples
-
-
-def study(lm, examples, beta):
-    """Correlation of c_hat with gradient norms of SFT and DFT; moments of each method's batch gradient."""
-    c_raw, gram = sample_gradients(lm, [train.collate([e]) for e in examples])
-    c_hat, out = cadft.batch_zscore(c_raw), {"n": len(examples)}               # [N] over all these samples
-    rank = lambda x: x.argsort().argsort().double()                            # [N]
-    correlation = lambda x, y: torch.corrcoef(torch.stack([x, y]))[0, 1].item()
-    for name, g in gram.items():
-        norm = g.diagonal().sqrt()                                             # [N] ||g_i||
-        out[f"c_hat and the {name} gradient's norm"] = {
-            "pearson": correlation(c_hat, norm), "spearman": correlation(rank(c_hat), rank(norm))}
-    for method in "sft", "casft", "dft", "cadft":
-        weights = beta if train.METHODS[method][1] else 0.0
-        out[f"{method}, gradient of 32"] = batch_gradient(gram[method[-3:]], c_raw, weights)
-    return out
+        lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
+        own = {name: value for name, value in run["args"].items() if value is not None}
+        own |= {"data": a.data[0] if a.data else "", "classroom_size": a.limit or 256, "seed": run["seed"]}
+        own = argparse.Namespace(**usual | own)
+        rows = None if a.data else train.classroom_rows(own, split="held back")
+        examples = train.load_examples(own, tokenizer, rows)[:a.limit or 256]
+        if len(examples) <= 32 or 4e-9 * lm.num_parameters() * len(examples) > 4:
+            sys.exit(f"--gradients keeps {len(examples)} gradients of {lm.num_parameters():,} numbers: take "
+                     f"more than 32, a batch, and at most 4 GB; see --limit")
+        numbers = study(*sample_gradients(lm.eval(), [train.collate([e]) for e in examples]), own.beta)
+        found.setdefault(run["label"], []).append(numbers)
+    found = {label: {name: mean_and_error([numbers[name] for numbers in some]) for name in some[0]}
+             for label, some in found.items()}
+    for label, numbers in found.items():
+        say(label, *(f"  {name:45} {mean:8.3g} ± {error:.1g}" for name, (mean, error) in numbers.items()))
+    if RANK == 0:
+        write_results(a, gradients=found)
 
 
 def sample_gradients(lm, batches):
     """c_raw [N], nats per token, and {loss: [N, N]}, the inner products of the samples' gradients g_i."""
-    weights = [p for p in lm.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in weights)
-    if 4 * size * len(batches) > 4e9:
-        sys.exit(f"--gradients would keep {len(batches)} gradients of {size:,} numbers, too many; "
-                 f"with this model --limit can be {int(1e9 / size)}")
-    c_raw, g = [], {name: torch.empty(len(batches), size) for name in LOSSES}
-    for i, batch in enumerate(batches):
+    losses, weights = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}, list(lm.parameters())
+    c_raw, g = [], {name: [] for name in losses}
+    for batch in batches:
         nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask))
-        for name, loss in LOSSES.items():
+        for name, loss in losses.items():
             parts = torch.autograd.grad(loss(nll, mask).sum(), weights, retain_graph=True)
-            g[name][i] = torch.cat([part.flatten() for part in parts])
-    return torch.cat(c_raw).cpu().double(), {name: (rows @ rows.T).double() for name, rows in g.items()}
+            g[name].append(torch.cat([part.flatten() for part in parts]))
+    gram = lambda rows: (rows @ rows.T).double().cpu()
+    return torch.cat(c_raw).cpu().double(), {name: gram(torch.stack(rows)) for name, rows in g.items()}
+
+
+def study(c_raw, gram, beta):
+    """{what: number}: correlation of c_hat with gradient norms; variance of each method's batch gradient."""
+    c_hat, numbers = cadft.batch_zscore(c_raw), {}
+    rank = lambda x: x.argsort().argsort().double()                            # [N]
+    correlation = lambda x, y: torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+    for name, g in gram.items():
+        norm = g.diagonal().sqrt()                                             # [N] ||g_i||
+        numbers[f"c_hat and {name} gradient norm, Pearson"] = correlation(c_hat, norm)
+        numbers[f"c_hat and {name} gradient norm, Spearman"] = correlation(rank(c_hat), rank(norm))
+    for method in "sft", "casft", "dft", "cadft":
+        second, squared = batch_gradient(gram[method[-3:]], c_raw, beta if train.METHODS[method][1] else 0.0)
+        numbers[f"{method}, variance of a batch's gradient"] = second - squared
+        numbers[f"{method}, the same over its squared mean"] = second / squared - 1
+    return numbers
 
 
 def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
-    """Moments of g_B = 1/|B| sum_i w_i g_i over random mini-batches B, weighted within B as in training.
+    """E||g_B||^2 and ||E g_B||^2 of g_B = 1/|B| sum_i w_i g_i over random mini-batches B, weighted within B.
 
     gram [N, N], inner products of the g_i; c_raw [N]. No sample is twice in a batch; every method gets the
-    same batches. variance = E||g_B - E g_B||^2 = second_moment - mean_squared = E||g_B||^2 - ||E g_B||^2,
-    the latter from pairs of different batches, so without bias. relative_variance: divided by it, since
-    weights shorten the gradient as well. Section: Compatibility-Aware Objective (the variance argument).
+    same batches. The first minus the second is the variance E||g_B - E g_B||^2; the second comes from pairs
+    of different batches, so without bias. Section: Compatibility-Aware Objective (the variance argument).
     """
     draw, w = torch.Generator().manual_seed(0), torch.zeros(draws, len(c_raw), dtype=torch.float64)
     for row in w:                                              # [N] w_i / |B| for i in B, else 0
@@ -493,9 +445,7 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
         row[batch] = cadft.compatibility_weight(cadft.batch_zscore(c_raw[batch]), beta) / len(batch)
     inner = w @ gram @ w.T                                     # [draws, draws] <g_B, g_B'>
     second = inner.diagonal().mean().item()
-    squared = (inner.sum().item() - draws * second) / (draws * (draws - 1))
-    return {"second_moment": second, "mean_squared": squared, "variance": second - squared,
-            "relative_variance": second / squared - 1}
+    return second, (inner.sum().item() - draws * second) / (draws * (draws - 1))
 
 
 # ==== 6. The picture ========================================================================================
@@ -530,8 +480,8 @@ def draw(path, rows, results):
     for axis, value, unit in (left, "c_raw", "nats per token"), (right, "w", "mean w"):
         lines = {kind: smooth(logs[label], lambda line: line["kinds"].get(kind, {}), value) for kind in kinds}
         curves(axis, lines, f"{label}: {value} by kind", unit)
-    lines = {label: smooth(some, dict, "grad_norm") for label, some in logs.items()}
-    curves(norms, lines, "Gradient norm before clipping", "norm")
+    curves(norms, {name: smooth(some, dict, "grad_norm") for name, some in logs.items()},
+           "Gradient norm before clipping", "norm")
     for side, share, colour in (-0.2, "greedy", COLOURS[5]), (0.2, "average_at_k", COLOURS[0]):
         heights, errors = ([100 * row[part][share] for row in rows] for part in ("mean", "standard_error"))
         bars.bar([i + side for i in range(len(rows))], heights, 0.38, color=colour, yerr=errors, capsize=6,
@@ -558,13 +508,10 @@ def curves(axis, lines, title, unit):
     for colour, (name, values) in zip(COLOURS * len(lines), lines.items()):
         axis.plot(range(1, len(values) + 1), values, color=colour, label=name)
     axis.set(title=title, xlabel="optimizer step", ylabel=unit, ylim=(0, None))
-    ends = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1])
-    top, heights = axis.get_ylim()[1], [0.0]
-    for line in ends:
-        heights.append(max(heights[-1] + 0.065, line.get_ydata()[-1] / top))
-    for i, line in enumerate(reversed(ends)):
-        axis.text(1.01, min(heights[-1 - i], 1 - 0.065 * i), line.get_label(), color=line.get_color(),
-                  transform=axis.transAxes, va="center")
+    ends, top, y = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1]), axis.get_ylim()[1], 0.0
+    for i, line in enumerate(ends):
+        y = max(y + 0.065, min(line.get_ydata()[-1] / top, 1 - 0.065 * (len(ends) - 1 - i)))
+        axis.text(1.01, y, line.get_label(), color=line.get_color(), transform=axis.transAxes, va="center")
 
 
 # ==== 7. Grading ===========================================================================================
@@ -777,4 +724,4 @@ def _same(prediction, reference):
 
 
 if __name__ == "__main__":
-    train.leave(main())
+    os._exit(main())            # as train.py does
