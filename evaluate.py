@@ -16,7 +16,6 @@ What the numbers mean:
  4. Each batch of samples has its own seed, made of --seed, the run's seed and the batch's number. So the
     number of processes changes nothing. Another --batch-size draws other samples, as another --seed would.
 """
-import argparse
 import ast
 import cmath
 import json
@@ -31,11 +30,11 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-import train                # before torch, since it sets how torch's threads wait for each other
 import torch
 from tqdm import tqdm
 
 import cadft
+import train
 from train import RANK, WORLD, key, read_jsonl, say, writing
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
@@ -79,27 +78,25 @@ def main(argv):
     if a.grade and a.runs:
         sys.exit(f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
     if a.plot:
-        with writing(a.plot, "see --plot"):                    # will the place and the format do?
-            pyplot().figure().savefig(a.plot)
+        draw(a.plot, [])                                       # will the place and the format do?
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     a.dtype = a.dtype or ("bfloat16" if train.CUDA and not a.gradients else "float32")
     train.join()
     runs = [] if a.grade else find_runs(a)
-    labels = list(dict.fromkeys(run["label"] for run in runs))
+    labels = dict.fromkeys(run["label"] for run in runs)
     if "against" in given and a.against not in labels:
         sys.exit(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
     if a.gradients:
         return gradient_study(runs, a)
-    bar = tqdm(runs, "evaluate", unit="run", disable=RANK > 0 or None)
+    bar = tqdm(runs, "evaluate", unit="run", disable=RANK > 0 or not runs or None)
     results = grade_file(a.grade) if a.grade else [r for run in bar for r in evaluate(run, a)]
     rows = compare(results, a.against)
     say(*table(rows, a.against))
-    if RANK == 0 and (a.results or not a.grade):
-        runs = [{name: r[name] for name in r if name not in ("each", "args")} for r in results]
-        write_results(a, runs=runs, rows=rows)
+    told = lambda some: [{name: r[name] for name in r if name not in ("each", "args")} for r in some]
+    write_results(a, runs=told(results), rows=told(rows))
     if RANK == 0 and a.plot:
-        draw(a.plot, rows, results)
+        draw(a.plot, rows)
 
 
 def find_runs(a):
@@ -110,10 +107,10 @@ def find_runs(a):
         kin = [other["args"] for other in runs if other["method"] == run["method"]]
         names = sorted(set().union(*kin) - train.FREE - {"seed", "data_sha256"})
         differ = [name for name in names if any(args.get(name) != run["args"].get(name) for args in kin)]
-        run["label"] = " ".join([run["method"], *(f"{name}={run['args'].get(name)}" for name in differ)])
-        taken.append((run["label"], run["seed"]))
+        label = " ".join([run["method"], *(f"{name}={run['args'].get(name)}" for name in differ)])
+        taken.append((label, run["seed"]))
         again = taken.count(taken[-1])                         # the same run twice is no second seed
-        run["label"] += f" #{again}" if again > 1 else ""
+        run["label"] = label + f" #{again}" * (again > 1)
     return runs or sys.exit("out/ holds no finished run: python train.py makes one; or name a folder")
 
 
@@ -131,68 +128,52 @@ def read_run(path):
 
 
 def evaluate(run, a):
-    """Sample and grade one run on every set of problems. Returns a list of results, on every rank."""
+    """Sample and grade a run on each set of problems. Writes eval-NAME.jsonl; every rank returns results."""
     lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
     sets = {Path(path).stem: load_problems(path, a.limit) for path in a.data} or classroom_problems(run, a)
-    results = [result(run, name, count(answers(run, lm.eval(), tokenizer, name, some, a)))
-               for name, some in sets.items()]
+    beside = not a.out and os.path.isdir(run["run"]) and os.access(run["run"], os.W_OK)
+    folder = Path(run["run"] if beside else f"{a.out or 'out'}/{run['run'].strip('/').replace('/', '--')}")
+    with writing(folder, "see --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+    results, trial = [], f"-limit{a.limit}" * (a.limit > 0) + f"-samples{a.samples}" * (a.samples != 16)
+    for name, problems in sets.items():
+        rows = answers(run, lm.eval(), tokenizer, name, problems, a)
+        if RANK == 0:                                          # a smaller trial does not overwrite the whole
+            train.write_rows(folder / f"eval-{name}{trial}.jsonl", rows, "w")
+        results.append(result(run, name, count(rows)))
     return results + ([average_of_files(results)] if len(results) > 1 else [])
 
 
 # ==== 2. Sampling ===========================================================================================
 
 def answers(run, lm, tokenizer, name, problems, a):
-    """Sample and grade one set of problems. Writes eval-NAME.jsonl and returns its rows, on every rank."""
+    """Sample and grade one set of problems. Returns the rows of eval-NAME.jsonl, on every rank."""
+    (wheres, problems), told = zip(*problems), []
     template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
     turns = [[{"role": "user", "content": template.replace("{prompt}", p["question"])}] for p in problems]
-    prompts = train.encode_prompts(tokenizer, turns, [p["where"] for p in problems])
+    prompts, stops = train.encode_prompts(tokenizer, turns, wheres), train.eos_ids(lm, tokenizer)
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or train.MANY
-    for prompt, problem in zip(prompts, problems):
+    for where, prompt in zip(wheres, prompts):
         if not 0 < len(prompt) < positions:
-            sys.exit(f"{problem['where']}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
-    beside = not a.out and os.path.isdir(run["run"]) and os.access(run["run"], os.W_OK)
-    folder = Path(run["run"] if beside else f"{a.out or 'out'}/{run['run'].strip('/').replace('/', '--')}")
-    with writing(folder, "see --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-    rows, stops = {}, train.eos_ids(lm, tokenizer)
-    bar = tqdm(batches(prompts, a), name, unit="batch", leave=False, disable=RANK > 0 or None)
-    for number, (heat, pairs) in enumerate(bar):
-        if number % WORLD == RANK:                             # every world-th batch is this rank's
-            some = [prompts[i] for i, _ in pairs]
-            limit = min(a.max_tokens, positions - max(map(len, some)))
-            told = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, heat,
-                                         key(a.seed, run["seed"], number))
-            rows[number] = [row_of(problems[i], i, sample, ids, stops, tokenizer)
-                            for (i, sample), ids in zip(pairs, told)]
-    parts = {number: some for part in train.gather_objects(rows) for number, some in part.items()}
-    rows = [row for number in sorted(parts) for row in parts[number]]
-    if RANK == 0:                                              # a smaller trial does not overwrite the whole
-        name += "".join(f"-{flag}{value}" for flag, value, usual in
-                        (("limit", a.limit, 0), ("samples", a.samples, 16)) if value != usual)
-        train.write_rows(folder / f"eval-{name}.jsonl", rows, "w")
-    return rows
-
-
-def batches(prompts, a):
-    """[(temperature, [(problem, sample), ...])]; longest prompts first: lack of memory shows at once."""
-    order, out = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)), []
-    for heat, samples in (0.0, ["greedy"]), (a.temperature, range(a.samples)):
-        pairs = [(i, sample) for i in order for sample in samples]
-        out += [(heat, pairs[i:i + a.batch_size]) for i in range(0, len(pairs), a.batch_size)]
-    return out
-
-
-def row_of(problem, number, sample, ids, stops, tokenizer):
-    """One answer as a row of eval-NAME.jsonl."""
-    finished = ids[-1] in stops
-    row = {"problem": number, "sample": sample} | {name: problem[name] for name in problem if name != "where"}
-    row |= {"tokens": len(ids), "finished": finished, "response": tokenizer.decode(ids[:len(ids) - finished])}
-    return row | {"correct": grade(row)}
+            sys.exit(f"{where}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
+    asked = [(i, "greedy") for i in order], [(i, sample) for i in order for sample in range(a.samples)]
+    batches = [pairs[i:i + a.batch_size] for pairs in asked for i in range(0, len(pairs), a.batch_size)]
+    mine = list(enumerate(batches))[RANK::WORLD]
+    for number, pairs in tqdm(mine, name, unit="batch", leave=False, disable=RANK > 0 or None):
+        some, heat = [prompts[i] for i, _ in pairs], 0.0 if pairs[0][1] == "greedy" else a.temperature
+        limit, seed = min(a.max_tokens, positions - max(map(len, some))), key(a.seed, run["seed"], number)
+        new = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, heat, seed)
+        for (i, sample), ids in zip(pairs, new):
+            row = {"problem": i, "sample": sample, **problems[i], "tokens": len(ids)}
+            row["finished"] = ids[-1] in stops
+            row["response"] = tokenizer.decode(ids[:-1] if row["finished"] else ids)
+            told.append((number, row | {"correct": grade(row)}))
+    return [row for _, row in sorted(sum(train.gather_objects(told), []), key=lambda pair: pair[0])]
 
 
 def grade(row):
-    """Whether a row's response is right: by another program's verdict (`passed`), else, if it is finished, a
-    classroom's sum by its whole text, others by the answer they end with."""
+    """Whether a row's response is right: as another program judged (`passed`), else finished and equal."""
     if "passed" in row:
         return row["passed"] is True
     right = train.is_sum if row.get("grader") == "sum" else is_correct
@@ -202,22 +183,22 @@ def grade(row):
 # ==== 3. Problems ===========================================================================================
 
 def classroom_problems(run, a):
-    """{name: problems}: held-out sums, with as many digits as in the run's demonstrations."""
+    """{name: [(where, problem)]}: held-out sums, with as many digits as in the run's demonstrations."""
     digits, hard = a.classroom_digits or run["args"].get("classroom_digits") or 3, a.classroom_carries
-    some = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum", "where": f"{x}+{y}"}
+    some = [(f"{x}+{y}", {"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum"})
             for x, y in train.problems(digits, 100) if train.carries(x, y) >= hard]
     name = "classroom" + f"-{digits}-digits" * (digits != 3) + f"-{hard}-carries" * (hard > 0)
     return {name: some[:a.limit or None] or sys.exit(f"--classroom-carries {hard}: no sum has so many")}
 
 
 def load_problems(path, limit=0):
-    """JSONL -> problems: `question` or `problem`, and a reference."""
+    """JSONL -> [(where, problem)]: `question` or `problem`, and a reference."""
     some = []
     for where, row in islice(read_jsonl(path), limit or None):
         question = row.get("question") or row.get("problem")
         if not isinstance(question, str):
             sys.exit(f'{where}: field "question" (or "problem") is missing or not a string')
-        some.append({"question": question, "reference": reference_of(row, where), "where": where})
+        some.append((where, {"question": question, "reference": reference_of(row, where)}))
     return some or sys.exit(f"{path}: no problem in it")
 
 
@@ -241,34 +222,27 @@ def grade_file(path):
         row["reference"] = reference_of(row, where)
         named = [row[name] for name in ("problem", "question", "prompt") if row.get(name) is not None]
         rows.append(row | {"problem": key(named[0]) if named else number, "correct": grade(row)})
-    if not rows:
-        sys.exit(f"{path}: there is no answer to grade")
-    name = Path(path).stem
-    return [result({"run": path, "method": name, "seed": None, "label": name}, Path(path).name, count(rows))]
+    run = {"run": path, "method": Path(path).stem, "seed": None, "label": Path(path).stem}
+    return [result(run, Path(path).name, count(rows or sys.exit(f"{path}: there is no answer to grade")))]
 
 
 # ==== 4. Numbers ============================================================================================
 
 def count(rows):
-    """Rows of answers -> {metric: [one number a problem]}, nan where there is none.
-
-    Shares lie in [0, 1]: greedy, average_at_k, pass@k for k = 1, 2, 4 ..., cut_off; mean_tokens. The last two
-    are of the samples, or without any of the greedy answers.
-    """
-    problems, each = {}, {}
+    """Rows of answers -> {metric: [one number a problem]}, nan where there is none; shares lie in [0, 1].
+    cut_off and mean_tokens are of the samples, or without any of the greedy answers."""
+    problems, numbers = {}, []
     for row in rows:
         problems.setdefault(row["problem"], ([], []))[row.get("sample") == "greedy"].append(row)
     fewest = min(len(samples) for samples, _ in problems.values())
     mean = lambda some: statistics.fmean(some) if some else math.nan
     for _, (samples, greedy) in sorted(problems.items()):
         right, told = [row["correct"] for row in samples], samples or greedy
-        numbers = {"greedy": mean([row["correct"] for row in greedy]), "average_at_k": mean(right),
-                   "cut_off": mean([row.get("finished") is False for row in told]),
-                   "mean_tokens": mean([row.get("tokens", math.nan) for row in told]), "samples": fewest}
-        numbers |= {f"pass@{k}": pass_at_k(len(right), sum(right), k) for k in POWERS if k <= fewest}
-        for name, number in numbers.items():
-            each.setdefault(name, []).append(number)
-    return each
+        numbers.append({"greedy": mean([row["correct"] for row in greedy]), "average_at_k": mean(right),
+                        "cut_off": mean([row.get("finished") is False for row in told]),
+                        "mean_tokens": mean([row.get("tokens", math.nan) for row in told]), "samples": fewest,
+                        **{f"pass@{k}": pass_at_k(len(right), sum(right), k) for k in POWERS if k <= fewest}})
+    return {name: [one[name] for one in numbers] for name in numbers[0]}
 
 
 def pass_at_k(n, c, k):
@@ -284,53 +258,46 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-def summary(numbers):
-    """{mean: {metric: mean}, standard_error: {metric: its error}} of numbers {metric: [number]}."""
-    both = {name: mean_and_error(values) for name, values in numbers.items()}
-    return {"mean": {name: m for name, (m, _) in both.items()},
-            "standard_error": {name: e for name, (_, e) in both.items()}}
-
-
 def result(run, data, each):
     """What a run did on one set of problems; its standard errors are over problems."""
-    return run | {"data": data, "problems": len(each["greedy"]), "each": each} | summary(each)
+    means, errors = zip(*map(mean_and_error, each.values()))
+    return run | {"data": data, "problems": len(each["greedy"]), "each": each,
+                  "mean": dict(zip(each, means)), "standard_error": dict(zip(each, errors))}
 
 
 def average_of_files(results):
     """The plain mean over files, as in the paper's table, and its standard error."""
-    n, names = len(results), set.intersection(*(set(r["mean"]) for r in results))
-    over = lambda f, part: {name: f([r[part][name] for r in results]) for name in names}
-    return results[0] | {"data": f"average of {n} files", "problems": sum(r["problems"] for r in results),
-                         "each": {}, "mean": over(statistics.fmean, "mean"),
-                         "standard_error": over(lambda errors: math.hypot(*errors) / n, "standard_error")}
+    n = len(results)
+    means = {name: [statistics.fmean(r["mean"][name] for r in results)] for name in results[0]["mean"]}
+    errors = {name: math.hypot(*(r["standard_error"][name] for r in results)) / n for name in means}
+    return result(results[0], f"average of {n} files", means) | {
+        "problems": sum(r["problems"] for r in results), "standard_error": errors}
 
 
 def compare(results, against):
     """A row for each set of problems and label: mean and standard error over seeds; paired difference."""
-    groups, rows, sets = {}, [], list(dict.fromkeys(r["data"] for r in results))
-    rank = {method: i - len(ORDER) for i, method in enumerate(ORDER)}          # others come last
-    for r in sorted(results, key=lambda r: (sets.index(r["data"]), rank.get(r["method"], 0))):
-        groups.setdefault((r["data"], r["label"]), []).append(r)
-    for (data, label), some in groups.items():
-        names = [name for name in some[0]["mean"] if all(name in r["mean"] for r in some)]
-        found = summary({name: [r["mean"][name] for r in some] for name in names})
+    rows, sets = [], list(dict.fromkeys(r["data"] for r in results))
+    place = lambda r: (sets.index(r["data"]), [*ORDER, r["method"]].index(r["method"]))
+    for data, label in dict.fromkeys((r["data"], r["label"]) for r in sorted(results, key=place)):
+        some, theirs = ([r for r in results if r["data"] == data and r["label"] == name]
+                        for name in (label, against))
+        row = {"label": label, "seeds": [r["seed"] for r in some], "runs": [r["run"] for r in some]}
+        means = {name: [r["mean"][name] for r in some] for name in some[0]["mean"]}
+        rows.append(result(row, data, means) | {"problems": some[0]["problems"]})
         if len(some) == 1:
-            found["standard_error"] = some[0]["standard_error"]
-        rows.append({"data": data, "label": label, "problems": some[0]["problems"],
-                     "seeds": [r["seed"] for r in some], **found})
-        if label != against and (data, against) in groups:
-            rows[-1]["difference"] = difference(some, groups[data, against])
+            rows[-1]["standard_error"] = some[0]["standard_error"]
+        if theirs and label != against:
+            rows[-1]["difference"] = difference(some, theirs)
     return rows
 
 
 def difference(ours, theirs):
     """{share: (mean, standard error)} of the difference over common seeds; of a single one, over problems."""
-    theirs = {r["seed"]: r for r in theirs}
-    pairs = [(r, theirs[r["seed"]]) for r in ours if r["seed"] in theirs]
+    pairs = [(r, other) for r in ours for other in theirs if r["seed"] == other["seed"]]
     out = {"seeds": [r["seed"] for r, _ in pairs]}
     for share in SHARES:
         values = [(r["mean"][share], other["mean"][share]) for r, other in pairs]
-        if len(pairs) == 1 and pairs[0][0]["each"] and pairs[0][1]["each"]:
+        if len(pairs) == 1:
             values = zip(*(r["each"][share] for r in pairs[0]))
         out[share] = mean_and_error([x - y for x, y in values])
     return out
@@ -341,20 +308,20 @@ def table(rows, against):
     lines = []
     for data in dict.fromkeys(row["data"] for row in rows):
         some = [row for row in rows if row["data"] == data]
-        k = int(min(row["mean"]["samples"] for row in some))
+        k = int(some[0]["mean"]["samples"])
         top = f"pass@{max((power for power in POWERS if power <= k), default=0)}"
-        cells = [["method", "greedy", f"Average@{k}", top, "cut off", "tokens", "seeds",
-                  f"greedy - {against}", f"Average@{k} - {against}"]]
+        names, cells = {"greedy": "greedy", "average_at_k": f"Average@{k}"}, []
         for row in some:
             m, e, paired = row["mean"], row["standard_error"], row.get("difference", {})
-            cells.append([row["label"], *(percent(m[share], e[share]) for share in SHARES),
-                          *map(percent, (m.get(top, math.nan), m["cut_off"], m["mean_tokens"] / 100)),
-                          str(len(row["seeds"])),
-                          *(percent(*paired.get(share, [math.nan]), sign="+") for share in SHARES)])
-        columns = [column for column in zip(*cells) if set(column[1:]) != {"-"}]
-        pads = [str.ljust, *[str.rjust] * (len(columns) - 1)]
-        columns = [[pad(cell, max(map(len, column))) for cell in column] for pad, column in zip(pads, columns)]
-        lines += [f"{data}: {some[0]['problems']} problems", *map("  ".join, zip(*columns))]
+            cells.append({"method": row["label"], **{names[s]: percent(m[s], e[s]) for s in names},
+                          top: percent(m.get(top, math.nan)), "cut off": percent(m["cut_off"]),
+                          "tokens": percent(m["mean_tokens"] / 100), "seeds": str(len(row["seeds"])),
+                          **{f"{names[s]} - {against}": percent(*paired.get(s, [math.nan]), sign="+")
+                             for s in names}})
+        columns = [[name, *(cell[name] for cell in cells)] for name in cells[0]]
+        columns = [column for column in columns if set(column[1:]) != {"-"}]
+        line = "  ".join(f"{{:>{max(map(len, column))}}}" for column in columns).replace(">", "<", 1)
+        lines += [f"{data}: {some[0]['problems']} problems", *(line.format(*row) for row in zip(*columns))]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
@@ -365,28 +332,27 @@ def percent(value, error=math.nan, sign=""):
 
 
 def write_results(a, **parts):
-    """Put these parts into results.json, nan as null; what else is in it stays."""
+    """Put these parts into results.json, nan as null; what else is in it stays. --grade alone writes none."""
     beside = Path(a.runs[0]).parent if a.runs and os.path.isdir(a.runs[0]) else Path(a.out or "out")
     path = Path(a.results or beside / "results.json")
     parts = json.loads(json.dumps({"settings": vars(a)} | parts), parse_constant=lambda _: None)
-    with writing(path, "see --results"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train.write_json(path, train.read_json(path) | parts)
+    if RANK == 0 and (a.results or not a.grade):
+        with writing(path, "see --results"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            train.write_json(path, train.read_json(path) | parts)
 
 
 # ==== 5. Gradients ==========================================================================================
 
 def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
-
-    Both are measured on held-back demonstrations: those of --data, or new ones like the run's.
-    """
-    found, usual = {}, {row[0].replace("-", "_"): row[2] for row in train.FLAGS}
+    Both are measured on held-back demonstrations: those of --data, or new ones like the run's."""
+    found = {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
         lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
-        own = {name: value for name, value in run["args"].items() if value is not None}
-        own |= {"data": a.data[0] if a.data else "", "classroom_size": a.limit or 256, "seed": run["seed"]}
-        own = argparse.Namespace(**usual | own)
+        own, _ = train.read_flags([], train.FLAGS, "", "model")
+        vars(own).update({name: value for name, value in run["args"].items() if value is not None})
+        vars(own).update(data=a.data[0] if a.data else "", classroom_size=a.limit or 256, seed=run["seed"])
         rows = None if a.data else train.classroom_rows(own, split="held back")
         examples = train.load_examples(own, tokenizer, rows)[:a.limit or 256]
         if len(examples) <= 32 or 4e-9 * lm.num_parameters() * len(examples) > 4:
@@ -394,24 +360,22 @@ def gradient_study(runs, a):
                      f"more than 32, a batch, and at most 4 GB; see --limit")
         numbers = study(*sample_gradients(lm.eval(), [train.collate([e]) for e in examples]), own.beta)
         found.setdefault(run["label"], []).append(numbers)
-    found = {label: {name: mean_and_error([numbers[name] for numbers in some]) for name in some[0]}
-             for label, some in found.items()}
-    for label, numbers in found.items():
-        say(label, *(f"  {name:45} {mean:8.3g} ± {error:.1g}" for name, (mean, error) in numbers.items()))
-    if RANK == 0:
-        write_results(a, gradients=found)
+    for label, some in found.items():
+        found[label] = {name: mean_and_error([numbers[name] for numbers in some]) for name in some[0]}
+        say(label, *(f"  {name:45} {m:8.3g} ± {e:.1g}" for name, (m, e) in found[label].items()))
+    write_results(a, gradients=found)
 
 
 def sample_gradients(lm, batches):
     """c_raw [N], nats per token, and {loss: [N, N]}, the inner products of the samples' gradients g_i."""
-    losses, weights = {"sft": cadft.sft_loss, "dft": cadft.dft_loss}, list(lm.parameters())
-    c_raw, g = [], {name: [] for name in losses}
+    c_raw, g, weights = [], {"sft": [], "dft": []}, list(lm.parameters())
     for batch in batches:
         nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask))
-        for name, loss in losses.items():
-            parts = torch.autograd.grad(loss(nll, mask).sum(), weights, retain_graph=True)
-            g[name].append(torch.cat([part.flatten() for part in parts]))
+        for name, rows in g.items():
+            loss = train.METHODS[name][0](nll, mask).sum()
+            parts = torch.autograd.grad(loss, weights, retain_graph=True)
+            rows.append(torch.cat([part.flatten() for part in parts]))
     gram = lambda rows: (rows @ rows.T).double().cpu()
     return torch.cat(c_raw).cpu().double(), {name: gram(torch.stack(rows)) for name, rows in g.items()}
 
@@ -453,60 +417,44 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito's
 
 
-def pyplot():
-    """matplotlib's, without a window."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt
-
-
-def draw(path, rows, results):
+def draw(path, rows):
     """Four panels, means over the runs of a row: c_raw and w by kind, gradient norms, accuracy."""
-    plt, rows = pyplot(), [row for row in rows if row["data"] == rows[0]["data"]]
-    plt.rcParams.update({"font.size": 17, "lines.linewidth": 3})
-    figure, ((left, right), (norms, bars)) = plt.subplots(2, 2, figsize=(18, 12), layout="constrained")
-    logs = {row["label"]: [] for row in rows if row["label"] != "base"}
-    for r in results:
-        log = Path(r["run"], "log.jsonl")
-        if r["data"] == rows[0]["data"] and r["label"] in logs and log.exists() and log.stat().st_size:
-            logs[r["label"]].append([row for _, row in read_jsonl(log)])
-    logs = {label: some for label, some in logs.items() if some}
+    with writing(path, "--plot needs matplotlib: pip install matplotlib"):
+        from matplotlib import figure, rcParams                # without pyplot, which looks for a window
+    rcParams.update({"font.size": 17, "lines.linewidth": 3})
+    picture = figure.Figure(figsize=(18, 12), layout="constrained")
+    (left, right), (norms, bars) = picture.subplots(2, 2)
+    rows = [row for row in rows if row["data"] == rows[0]["data"]]
+    read = lambda path: [line for _, line in read_jsonl(path)] if path.exists() else []
+    logs = {row["label"]: [read(Path(run, "log.jsonl")) for run in row["runs"]] for row in rows}
+    logs = {label: [*filter(None, some)] for label, some in logs.items() if any(some) and label != "base"}
     label = next((label for label in reversed(logs) if logs[label][0][0]["kinds"]), "")
     kinds = sorted({kind for log in logs.get(label, []) for line in log for kind in line["kinds"]})
-    for axis, value, unit in (left, "c_raw", "nats per token"), (right, "w", "mean w"):
-        lines = {kind: smooth(logs[label], lambda line: line["kinds"].get(kind, {}), value) for kind in kinds}
-        curves(axis, lines, f"{label}: {value} by kind", unit)
-    curves(norms, {name: smooth(some, dict, "grad_norm") for name, some in logs.items()},
-           "Gradient norm before clipping", "norm")
+    parts = {kind: [[line["kinds"].get(kind) for line in log] for log in logs[label]] for kind in kinds}
+    curves(left, parts, "c_raw", f"{label}: c_raw by kind", "nats per token")
+    curves(right, parts, "w", f"{label}: w by kind", "mean w")
+    curves(norms, logs, "grad_norm", "Gradient norm before clipping", "norm")
+    k = rows[0]["mean"]["samples"] if rows else 0
     for side, share, colour in (-0.2, "greedy", COLOURS[5]), (0.2, "average_at_k", COLOURS[0]):
         heights, errors = ([100 * row[part][share] for row in rows] for part in ("mean", "standard_error"))
         bars.bar([i + side for i in range(len(rows))], heights, 0.38, color=colour, yerr=errors, capsize=6,
-                 label=share.replace("_at_k", f"@{rows[0]['mean']['samples']:.0f}"))
+                 label=share.replace("_at_k", f"@{k:.0f}"))
     bars.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
     bars.set(title="Accuracy, with standard errors", ylabel="correct (%)", ylim=(0, 100))
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
     with writing(path, "see --plot"):
-        figure.savefig(path, dpi=100)
+        picture.savefig(path, dpi=100)
 
 
-def smooth(logs, part, value):
-    """[S] mean of part(line)[value] over runs and the fifteen steps around each; nan where there is none."""
-    out = []
-    for t in range(min(map(len, logs))):
-        near = [part(line) for log in logs for line in log[max(0, t - 7):t + 8]]
-        near = [(one.get("n", 1), one[value]) for one in near if value in one]
-        out.append(sum(n * x for n, x in near) / sum(n for n, _ in near) if near else math.nan)
-    return out
-
-
-def curves(axis, lines, title, unit):
-    """Lines over the steps, each with its name at its end; names are pushed apart where they would touch."""
-    for colour, (name, values) in zip(COLOURS * len(lines), lines.items()):
-        axis.plot(range(1, len(values) + 1), values, color=colour, label=name)
+def curves(axis, parts, value, title, unit):
+    """A line for each name: the mean of parts[name][run][step][value] over runs and the fifteen steps around
+    each. Names stand at the ends, pushed apart where they would touch."""
+    for colour, (name, logs) in zip(COLOURS * len(parts), parts.items()):
+        steps, mean = range(min(map(len, logs))), []
+        for t in steps:
+            near = [(one.get("n", 1), one[value]) for log in logs for one in log[max(0, t - 7):t + 8] if one]
+            mean.append(sum(n * x for n, x in near) / sum(n for n, _ in near) if near else math.nan)
+        axis.plot([t + 1 for t in steps], mean, color=colour, label=name)
     axis.set(title=title, xlabel="optimizer step", ylabel=unit, ylim=(0, None))
     ends, top, y = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1]), axis.get_ylim()[1], 0.0
     for i, line in enumerate(ends):
@@ -520,8 +468,7 @@ def curves(axis, lines, title, unit):
 # the like, and _value computes formulas; letters are random numbers, so that equal formulas have equal
 # values. Nothing is ever executed, and what is not understood is compared by its spelling.
 
-MAX_CHARS, MAX_BITS = 500, 4096
-TOLERANCE = Fraction(1, 10_000)  # relative, where a number may be a rounded decimal
+MAX_CHARS, MAX_BITS, TOLERANCE = 500, 4096, Fraction(1, 10_000)  # relative, where a number may be rounded
 ROUNDED = re.compile(r"\.[0-9]*[1-9]|[0-9][eE][+-]?[0-9]")  # 27.0 is a whole number, 2e9 is not
 FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in
              "sin cos tan arcsin arccos arctan exp log".split()} | {r"\ln": cmath.log, r"\lg": cmath.log10}
@@ -576,14 +523,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
 SUBSCRIPT = r"(?: ?_ ?(?:\{[^{}]*\}|[0-9]+|[A-Za-z]))"
 TOKEN = re.compile(rf"}}{{|[0-9]+{SUBSCRIPT}|[0-9.]+(?: +[0-9.]+)*(?:[eE][+-]?[0-9]+)?|[A-Za-z]\([0-9]+\)"
                    rf"|(?:\\[A-Za-z]+|[A-Za-z]{{4,}}|^[A-Za-z]{{3}}$|[A-Za-z]){SUBSCRIPT}?'*|[<>]=|\\?\S")
-NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 LETTER = re.compile(r"(?i)[a-z]|[0-9]+ ?_|\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa"
                     rf"|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|chi|psi|omega)|infty|hbar|ell|angle){END}")
 NO_NAME = re.compile(r"[-+/|]|\*\*|'[0-9.]|'\(")  # x, AB, f(x) and (x, y) are names
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-ANSWER_IS = re.compile(r"answer is[\s:*$]*(?:\\[\[(]\s*)?", re.IGNORECASE)
-LAST_NUMBER = re.compile(
-    r"(?:(?<![\w)}])-)?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?")
 
 
 def extract_answer(response):
@@ -591,14 +533,15 @@ def extract_answer(response):
     text = str(response)
     if (boxed := last_box(text)) is not None:
         return boxed
-    phrases = list(ANSWER_IS.finditer(text))
-    sentence = re.split(r"\.(?=\s|$)|\n", text[phrases[-1].end():], maxsplit=1)[0].strip() if phrases else ""
-    return sentence or (LAST_NUMBER.findall(text) or [""])[-1]
+    _, *after = re.split(r"(?i)answer is[\s:*$]*(?:\\[\[(]\s*)?", text)
+    sentence = re.split(r"\.(?=\s|$)|\n", after[-1], maxsplit=1)[0].strip() if after else ""
+    number = r"(?:(?<![\w)}])-)?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"
+    return sentence or (re.findall(number, text) or [""])[-1]
 
 
 def last_box(text):
     r"""The content of the last \boxed{}, up to the end where it is not closed; None without a box."""
-    (*before, content), depth = BOX.split(text), 1
+    (*before, content), depth = re.split(r"\\(?:boxed|fbox)\s*\{", text), 1
     if not before:
         return None
     # \{ and \} do not count; an answer beyond MAX_CHARS is never right, so need not be read
@@ -641,8 +584,7 @@ def _parse(text):
     source = re.sub(r"(?<=[)\]}])(?=[(\[{]|'\\)", "*", "".join(tokens))  # the signs between factors
     if "~" in source:  # +~ is \pm, and -~ is \mp: such an element counts twice
         elements = map(ast.unparse, ast.parse("{" + source.strip("{}") + "}", mode="eval").body.elts)
-        source = ",".join(element.replace("~", sign) for element in elements
-                          for sign in (["", "-"] if "~" in element else [""]))
+        source = ",".join(x for e in elements for x in sorted({e.replace("~", ""), e.replace("~", "-")}))
     return _read(ast.parse("{" + source + "}", mode="eval").body)
 
 
@@ -669,7 +611,7 @@ def _read(node):
 def _value(node):
     """The value of a formula, a Fraction or complex. Raises ValueError and others if it has none."""
     match node:
-        case ast.Constant(text) if NUMBER.fullmatch(text):
+        case ast.Constant(text) if re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
             return Fraction(text)
         case ast.Constant(text) if text in VALUES:
             return VALUES[text]

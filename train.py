@@ -11,7 +11,7 @@ Where this loop departs from the textbook:
  3. A step's data and random numbers depend on (seed, step) alone: not on the number of ranks, the size of the
     micro-batches, or what went before. So a resumed run is the uninterrupted one.
  4. Weights are float32; bfloat16 is autocast over them. Dropout is off: it would depend on the sharding.
- 5. A mistake in the input ends in sys.exit("one line") wherever it is found; `guarded` says it once.
+ 5. A mistake in the input ends in one line where it is found (`refuse`, `explained`); `guarded` says it once.
 """
 import argparse
 import contextlib
@@ -20,12 +20,13 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import dropwhile, islice
 from pathlib import Path
 
@@ -85,10 +86,11 @@ FLAGS = [
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
 FREE = {"out", "data", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
-TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if TORCHRUN else alone for name, alone in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+PLACE = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+TORCHRUN = os.environ.keys() >= {*PLACE, "MASTER_ADDR", "MASTER_PORT"}
+RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in PLACE) if TORCHRUN else (0, 0, 1)
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
+say = partial(print, sep="\n", flush=True) if RANK == 0 else lambda *lines: None
 
 
 @dataclass(slots=True)
@@ -153,8 +155,9 @@ def train_step(run, net, batches):
 def train(run, until=lambda run: False):
     """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal it obeyed."""
     a, began, done, stopped = run.args, time.perf_counter() - run.seconds, run.step == run.args.steps, 0
-    net = ResponseNLL(run.lm, a.dtype == "bfloat16")
-    if dist.is_initialized():
+    net, place = ResponseNLL(run.lm, a.dtype == "bfloat16"), (0, 1)
+    if dist.is_initialized():                           # not yet where rank 0 makes the base model
+        place = RANK, WORLD
         net = torch.nn.parallel.DistributedDataParallel(
             net, [DEVICE] if CUDA else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
     note_signals(run)
@@ -164,8 +167,11 @@ def train(run, until=lambda run: False):
         torch.manual_seed(key(a.seed, run.step))        # should the model draw anything (a noisy router)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, a)
-        table = train_step(run, net, [collate(rows) for rows in share(run, RANK, WORLD)])
-        check_finite(table, run.step)
+        table = train_step(run, net, [collate(rows) for rows in share(run, *place)])
+        bad = sorted(table["index"][~table["loss"].isfinite()].int().tolist())
+        refuse(bad or not table["grad_norm"].isfinite().all(),
+               f"loss or gradient is not finite at step {run.step}, examples {bad[:8] or 'all'}: look at "
+               f"these, or try a lower --lr; the last checkpoint is untouched")
         run.tracker.update(table["index"].long(), table["c_hat"])
         run.seconds = time.perf_counter() - began
         row = log_row(run, table, time.perf_counter() - start)
@@ -209,14 +215,11 @@ def share(run, rank, world):
     a, (epoch, position) = run.args, divmod(run.step - 1, run.per_epoch)
     generator = torch.Generator().manual_seed(key(a.seed, "epoch", epoch))
     order = torch.randperm(len(run.examples), generator=generator)[position * a.batch_size:][:a.batch_size]
-    rows = [run.examples[i] for i in order.tolist()]
-    rows.sort(key=len, reverse=True)                # the global batch, dealt out to the ranks, longest first
-    batches = []
-    for deal in (rows[i:i + world] for i in range(0, len(rows), world)):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0][0]) <= a.micro_batch_tokens:
-            batches[-1].append(deal)
-        else:                                       # the longest row of any rank, deal[0], sets the width
-            batches.append([deal])
+    rows, batches = sorted((run.examples[i] for i in order.tolist()), key=len, reverse=True), []
+    for deal in (rows[i:i + world] for i in range(0, len(rows), world)):        # to each rank one, like cards
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][0]) > a.micro_batch_tokens:
+            batches.append([])                      # its first deal's first row, the longest, sets its width
+        batches[-1].append(deal)
     return [[deal[rank] for deal in batch] for batch in batches]
 
 
@@ -227,14 +230,6 @@ def collate(rows):
     batch = {"input_ids": pad_sequence(ids, batch_first=True), "index": torch.tensor([e.index for e in rows]),
              "labels": pad_sequence(labels, batch_first=True, padding_value=cadft.IGNORE)}
     return {name: value.long().to(DEVICE) for name, value in batch.items()}
-
-
-def check_finite(table, step):
-    """Stop where a loss or the gradient is not finite, and name the examples."""
-    bad = sorted(table["index"][~table["loss"].isfinite()].int().tolist())
-    if bad or not table["grad_norm"].isfinite().all():
-        sys.exit(f"the {'loss' if bad else 'gradient'} is not finite at step {step}, examples "
-                 f"{bad[:8] or 'all'}: look at these, or try a lower --lr; the last checkpoint is untouched")
 
 
 def log_row(run, table, elapsed):
@@ -248,10 +243,9 @@ def log_row(run, table, elapsed):
     return {"step": run.step, "epoch": (run.step - 1) // run.per_epoch + 1, "seconds": run.seconds,
             "lr": learning_rate(run.step, run.args), "loss": (w * table["loss"]).mean().item(),
             "nll": ((c_raw * length).sum() / length.sum()).item(), "dft": table["dft"].mean().item(),
-            "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(),
-            "w_mean": w.mean().item(), "w_min": w.min().item(),
-            "down_weighted": (w < 1).double().mean().item(), "grad_norm": table["grad_norm"][0].item(),
-            "tokens_per_second": sum(map(len, examples)) / elapsed,
+            "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(), "w_mean": w.mean().item(),
+            "w_min": w.min().item(), "down_weighted": (w < 1).double().mean().item(),
+            "grad_norm": table["grad_norm"][0].item(), "tokens_per_second": sum(map(len, examples)) / elapsed,
             "peak_memory": int(table["memory"].max()), "rewritten": len(run.rewrites),
             "kinds": {kind: {"n": int(at.sum())} | means(at) for kind, at in kinds.items()}}
 
@@ -261,11 +255,10 @@ def log_row(run, table, elapsed):
 def rewriting_steps(run):
     """The steps t that a round follows: t >= T_warm, (t - T_warm) mod K = 0 (paper silent: where K starts),
     and after the first epoch, in which nothing is seen twice."""
-    first, every = run.args.rewrite_after, run.args.rewrite_every if METHODS[run.args.method][1] else 0
-    if not every:
+    first, every = run.args.rewrite_after, run.args.rewrite_every
+    if not METHODS[run.args.method][1] or not every:
         return range(0)
-    first += -(-max(0, run.per_epoch + 1 - first) // every) * every
-    return range(first, run.args.steps + 1, every)
+    return range(first, run.args.steps + 1, every)[math.ceil(max(0, run.per_epoch + 1 - first) / every):]
 
 
 def rewrite(run, chunk=64):
@@ -301,8 +294,7 @@ def rewrite(run, chunk=64):
 # ==== 3. Data ===============================================================================================
 
 def load_examples(a, tokenizer, rows=None):
-    """Examples of the JSONL file, or of `rows` like its. Responses are cut at --max-length, and what has no
-    room for a response is dropped; both are told."""
+    """Examples of the JSONL file, or of `rows` like its. What is cut or dropped for --max-length is told."""
     examples, cut, dropped = [], 0, 0
     rows = rows or (read_jsonl(a.data) if a.data else classroom_rows(a))
     while some := list(islice(rows, 1000)):                     # tokenizers are fast on many texts at once
@@ -310,16 +302,14 @@ def load_examples(a, tokenizer, rows=None):
         prompts = encode_prompts(tokenizer, turns, [where for where, _ in some])
         answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         for (where, row), prompt, answer in zip(some, prompts, answers):
-            if not prompt or not answer:
-                sys.exit(f"{where}: the text turns into no token; is this the model's own tokenizer?")
-            if answer[-1] != tokenizer.eos_token_id:
-                answer = answer + [tokenizer.eos_token_id]
+            refuse(not (prompt and answer), f"{where}: there is no token; is it the model's own tokenizer?")
+            answer = answer if answer[-1] == tokenizer.eos_token_id else [*answer, tokenizer.eos_token_id]
             kept = answer[:max(0, a.max_length - len(prompt))]
             dropped, cut = dropped + (not kept), cut + (0 < len(kept) < len(answer))
             if kept:
-                ids = (torch.tensor(ids, dtype=torch.int32) for ids in (prompt, kept))
+                prompt, kept = (torch.tensor(ids, dtype=torch.int32) for ids in (prompt, kept))
                 kind = None if row.get("kind") is None else str(row["kind"])
-                examples.append(Example(len(examples), *ids, kind))
+                examples.append(Example(len(examples), prompt, kept, kind))
     if cut or dropped:
         say(f"{cut:,} responses cut at {a.max_length} tokens, {dropped:,} prompts left no room for one")
     return examples or sys.exit(f"{a.data or 'the classroom'}: no usable row")
@@ -330,15 +320,12 @@ def read_jsonl(path):
     with open(path, "rb") as file:                              # bytes: only \n ends a line
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            try:
+            with explained(f"{where}: not valid JSON in UTF-8, one object a line"):
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip() or "null")
                 json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
-            except (ValueError, RecursionError) as error:
-                sys.exit(f"{where}: not valid JSON in UTF-8, one object a line ({error})")
-            if isinstance(row, dict):
+            if line.strip():
+                refuse(not isinstance(row, dict), f"{where}: an object is needed, not {type(row).__name__}")
                 yield where, row
-            elif line.strip():
-                sys.exit(f"{where}: a JSON object is needed, not {type(row).__name__}")
 
 
 def dialogue(row, a, where):
@@ -352,12 +339,11 @@ def dialogue(row, a, where):
         turns = turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else []
         while turns and turns[-1]["role"] != "assistant":
             turns = turns[:-1]
-        if len(turns) < 2:
-            sys.exit(f'{where}: "messages" needs an assistant turn after a user turn, each with its role')
+        refuse(len(turns) < 2, f'{where}: "messages" needs an assistant turn after a user turn, with roles')
         names = [f"message {i}" for i in range(1, len(turns) + 1)]
     for turn, name in zip(turns, names):
-        if not isinstance(turn.get("content"), str) or not turn["content"]:
-            sys.exit(f"{where}: {name} is missing, empty or not a string; see --prompt-field and the like")
+        refuse(not isinstance(turn.get("content"), str) or not turn["content"],
+               f"{where}: {name} is missing, empty or not a string; see --prompt-field and the like")
     *before, question, response = turns
     asked = a.prompt_template.replace("{prompt}", question["content"])
     return [*before, question | {"content": asked}], response["content"]
@@ -368,14 +354,12 @@ def encode_prompts(tokenizer, dialogues, wheres):
     texts, bos = [], tokenizer.bos_token_id
     today = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"       # or prompts change overnight
     for turns, where in zip(dialogues, wheres):
-        if not tokenizer.chat_template and len(turns) > 1:
-            sys.exit(f"{where}: {len(turns)} turns before the response, but no chat template")
-        try:
+        refuse(not tokenizer.chat_template and len(turns) > 1,
+               f"{where}: {len(turns)} turns before the response, but no chat template")
+        with explained(f"{where}: the chat template refuses these turns"):
             texts.append(tokenizer.apply_chat_template(
                 turns, chat_template=today + tokenizer.get_chat_template(), tokenize=False,
                 add_generation_prompt=True) if tokenizer.chat_template else turns[0]["content"])
-        except Exception as error:                              # whatever the template's code raises
-            sys.exit(f"{where}: the chat template refuses these turns ({error})")
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]          # a template may write bos too
     return [ids if bos is None else [bos, *dropwhile(lambda i: i == bos, ids)] for ids in prompts]
 
@@ -384,11 +368,11 @@ def encode_prompts(tokenizer, dialogues, wheres):
 
 def load_model(path, dtype):
     """(model in training mode without dropout, tokenizer) of a folder or a hub name."""
-    try:
+    with explained(f"{path}: no causal language model with its tokenizer could be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
-        if getattr(config, "vision_config", None) or config.is_encoder_decoder:
-            raise TypeError("it reads pictures or has an encoder: this one is for text; see the README")
+        refuse(getattr(config, "vision_config", None) or config.is_encoder_decoder,
+               f"{path}: reads pictures or has an encoder: this one is for text; see the README")
         for part in (config, config.get_text_config()):
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
@@ -397,20 +381,10 @@ def load_model(path, dtype):
         for tensor in (*lm.parameters(), *lm.buffers()):        # a mapped file is aligned otherwise than
             tensor.data = tensor.data.clone()                   # torch's memory: some processors round so too
         cadft.plain_head(lm.to(DEVICE).train())                 # refuses what is not causal
-    except Exception as error:                                  # transformers raises many kinds
-        sys.exit(f"{path}: no causal language model with its tokenizer could be loaded ({error})")
-    if info["missing_keys"]:
-        sys.exit(f"{path}: weights are missing ({', '.join(sorted(info['missing_keys'])[:3])} ...)")
-    if tokenizer.eos_token_id is None:
-        sys.exit(f"{path}: the tokenizer has no end-of-sequence token; a response could not end")
-    if not finite(lm):
-        sys.exit(f"{path}: holds weights that are not finite")
+    refuse(info["missing_keys"], f"{path}: weights are missing: {sorted(info['missing_keys'])[:3]}")
+    refuse(tokenizer.eos_token_id is None, f"{path}: its tokenizer has no end-of-sequence token")
+    refuse(not all(p.isfinite().all() for p in lm.parameters()), f"{path}: its weights are not finite")
     return lm, tokenizer
-
-
-def finite(lm):
-    """Whether all weights of a model are finite numbers."""
-    return all(bool(p.isfinite().all()) for p in lm.parameters())
 
 
 def eos_ids(lm, tokenizer):
@@ -444,18 +418,23 @@ def gather_objects(value):
     return values
 
 
-def say(*lines):
-    """Print lines, on rank 0 alone."""
-    if RANK == 0:
-        print(*lines, sep="\n", flush=True)
+def refuse(wrong, why):
+    """Where something is wrong, end with a line that says why; `guarded` prints it."""
+    if wrong:
+        sys.exit(why)
+
+
+@contextlib.contextmanager
+def explained(meaning):
+    """Whatever goes wrong in here ends in one line: what that means, and the error's own words."""
+    try:
+        yield
+    except Exception as error:                                  # libraries have many kinds of their own
+        sys.exit(f"{meaning} ({error})")
 
 
 def guarded(program):
-    """program(argv) as a main function that returns the exit code: 0, 2 (a mistake), or 128 + signal.
-
-    Mistakes mostly meet every process. A node's first one speaks, and torchrun ends the others as they wait;
-    one that is still there was alone with its mistake, and speaks too.
-    """
+    """program(argv) as a main function that returns the exit code: 0, 2 (a mistake), or 128 + signal."""
     def main(argv=None):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -473,6 +452,8 @@ def guarded(program):
             end = ("out of memory; micro-batches do not bound what one forward of the step keeps: take more "
                    "processes, --gradient-checkpointing, a smaller --max-length or --batch-size")
         if isinstance(end, str):
+            # mistakes mostly meet every process: a node's first one speaks, and torchrun ends the others as
+            # they wait; one that is still there was alone with its mistake, and speaks too
             time.sleep(10 * (LOCAL_RANK > 0))
             print("error:", " ".join(end.split())[:450], file=sys.stderr, flush=True)
             end = 2
@@ -506,13 +487,9 @@ def note_signals(run):
 
 # ==== 5. Nothing lost =======================================================================================
 
-@contextlib.contextmanager
 def writing(path, then="the last checkpoint is safe: make room, and --resume goes on from it"):
-    """What goes wrong with a file in here is told in one line; rank 0 alone comes here."""
-    try:
-        yield
-    except Exception as error:                                  # libraries have their own for a full disk
-        sys.exit(f"{path}: can't be written; {then} ({error})")
+    """For what writes a file; rank 0 alone comes here."""
+    return explained(f"{path}: can't be written; {then}")
 
 
 def finished(out):
@@ -520,19 +497,10 @@ def finished(out):
     return Path(out, "config.json").exists() and not Path(out, "checkpoint.pt").exists()
 
 
-def check_out(a):
-    """Refuse an --out that is not ours to write to."""
-    out, ours = Path(a.out), Path(a.out, "args.json").exists()
-    if not ours and (out.exists() and any(out.iterdir()) or out.name.startswith("base-seed")):
-        sys.exit(f"--out {out} is no run but not empty, or a name for base models: name another one")
-    if ours and not a.resume:
-        sys.exit(f"--out {out} holds a run: --resume goes on with it, another --out starts a new one")
-
-
 def save(run):
     """The checkpoint, written beside the old one, and renamed over it when it is on disk. Rank 0 alone."""
-    if not finite(run.lm):
-        sys.exit(f"weights are not finite after step {run.step}: try a lower --lr; no checkpoint was touched")
+    refuse(not all(p.isfinite().all() for p in run.lm.parameters()),
+           f"weights are not finite after step {run.step}: try a lower --lr; no checkpoint was touched")
     path, draft = Path(run.args.out, "checkpoint.pt"), Path(run.args.out, "checkpoint.tmp")
     state = {name: getattr(run, name) for name in ("step", "seconds", "rewrites", "logs")}
     state |= {name: getattr(run, name).state_dict() for name in ("lm", "optimizer", "tracker")}
@@ -547,21 +515,19 @@ def restore(run):
     """Go on from the checkpoint, if there is one; the logs become what it says, since later steps run again.
     State is copied into a model loaded as at a fresh start, so memory lies as if never interrupted."""
     path = Path(run.args.out, "checkpoint.pt")
-    try:
+    with explained(f"{path}: damaged; restore it, or name another --out"):
         for name, value in torch.load(path, map_location="cpu").items() if path.exists() else ():
             if name in ("lm", "optimizer", "tracker"):
                 getattr(run, name).load_state_dict(value)
             else:
                 setattr(run, name, value)
-    except Exception as error:
-        sys.exit(f"{path}: damaged; restore it, or name another --out ({error!r})")
     for i, ids in run.rewrites.items():
         run.examples[i].response_ids = ids
     if RANK == 0:
         with writing(f"--out {path.parent}", "name another one"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parent / "args.json").touch(exist_ok=run.args.resume)     # of two new runs, one fails here
-        if not read_json(path.parent / "args.json"):
+            (path.parent / "args.json").touch(exist_ok=run.args.resume)     # of two that start, one fails here
+        if not path.exists():
             write_json(path.parent / "args.json", vars(run.args))
         for name, rows in run.logs.items():
             write_rows(path.parent / name, rows, "w")
@@ -588,10 +554,8 @@ def write_json(path, value):
 
 def read_json(path):
     """The object in a JSON file; {} where there is none."""
-    try:
+    with explained(f"{path}: damaged; restore or remove it"):
         return dict(json.loads(path.read_text("utf-8") or "{}")) if path.exists() else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        sys.exit(f"{path}: damaged; restore or remove it ({error})")
 
 
 def finish(run):
@@ -609,8 +573,7 @@ def finish(run):
 # ==== 6. From the command line ==============================================================================
 
 def read_flags(argv, flags, doc, own, runs=False):
-    """(Namespace with every flag's value, names of those given). Unset ones take the table's first column of
-    values where the flag `own` is given, else the classroom's."""
+    """(all values, the names given). Flags not given take the classroom's value, or with `own` the usual."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"{message}; see --help")
@@ -637,12 +600,9 @@ def read_flags(argv, flags, doc, own, runs=False):
 def parse(argv):
     """The arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
     a, given = read_flags(argv, FLAGS, __doc__, "model")
-    if bool(a.model) != bool(a.data):
-        sys.exit("--model and --data go together; with neither, the classroom runs")
-    if given >= {"steps", "epochs"}:
-        sys.exit("--steps and --epochs exclude each other")
-    if "{prompt}" not in a.prompt_template:
-        sys.exit("--prompt-template has no {prompt} in it: the prompt would be lost")
+    refuse(bool(a.model) != bool(a.data), "--model and --data go together; with neither, the classroom runs")
+    refuse(given >= {"steps", "epochs"}, "--steps and --epochs exclude each other")
+    refuse("{prompt}" not in a.prompt_template, "--prompt-template: the prompt is lost without its {prompt}")
     a.steps = 0 if "epochs" in given else a.steps
     a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
     a.out = a.out or f"out/{a.method}-seed{a.seed}"
@@ -654,16 +614,22 @@ def parse(argv):
 def main(argv):
     """train.py. Rank 0 makes the base model, if there is none yet; the others wait for it to join them."""
     a = parse(argv)
+    out, base = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}"
+    refuse(a.batch_size % WORLD, f"--batch-size {a.batch_size}: not a multiple of the {WORLD} processes")
     if not a.model:
         torch.set_num_threads(THREADS)
     if RANK == 0:
-        check_out(a)
-        if not a.model and not finished(base_folder(a)):
-            make_base(a)
+        ours = (out / "args.json").exists()
+        refuse(not ours and (out.exists() and any(out.iterdir()) or out.name.startswith("base-seed")),
+               f"--out {out} is no run but not empty, or a name for base models: name another one")
+        refuse(ours and not a.resume, f"--out {out} holds a run: --resume goes on; or name another one")
+        if not a.model and not finished(base):
+            make_base(a, base)
     join()
-    run = prepare(a)
-    if finished(a.out):
-        return say(f"{a.out} holds a finished run; nothing to do")
+    lm, tokenizer = load_model(a.model or base, torch.float64 if a.dtype == "float64" else torch.float32)
+    run = new_run(a, lm, tokenizer, load_examples(a, tokenizer))
+    if finished(out):
+        return say(f"{out} holds a finished run; nothing to do")
     restore(run)
     describe(run)
     code = train(run)
@@ -673,58 +639,43 @@ def main(argv):
     return code
 
 
-def prepare(a):
-    """Load what a run needs, and check what can be known to fail before the first step."""
-    dtype = torch.float64 if a.dtype == "float64" else torch.float32
-    lm, tokenizer = load_model(a.model or base_folder(a), dtype)
-    run = new_run(a, lm, tokenizer, load_examples(a, tokenizer))
-    a.steps, n, content = a.steps or a.epochs * run.per_epoch, len(run.examples), hashlib.sha256()
-    texts = [ids for e in run.examples for ids in (e.prompt_ids, e.response_ids)]
+def new_run(a, lm, tokenizer, examples):
+    """A run at its beginning, once what can be known to fail before the first step is checked."""
+    n, texts = len(examples), [ids for e in examples for ids in (e.prompt_ids, e.response_ids)]
     token, known = max(int(ids.max()) for ids in texts), len(lm.get_input_embeddings().weight)
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for wrong, what in (
-            (a.max_length > positions, f"--max-length {a.max_length}: the model has {positions} positions"),
-            (a.batch_size > n, f"--batch-size {a.batch_size}: there are only {n} usable examples"),
-            (a.batch_size % WORLD, f"--batch-size {a.batch_size}: not a multiple of the {WORLD} processes"),
-            (token >= known, f"the data has token {token}, the model only {known}: is it its tokenizer?")):
-        if wrong:
-            sys.exit(what)
+    refuse(a.max_length > positions, f"--max-length {a.max_length}: the model has {positions} positions")
+    refuse(a.batch_size > n, f"--batch-size {a.batch_size}: there are only {n} usable examples")
+    refuse(token >= known, f"the data has token {token}, the model only {known}: is it its tokenizer?")
+    content = hashlib.sha256()
     for ids in texts:
         content.update(b"%d:" % len(ids) + ids.numpy().tobytes())
-    a.data_sha256 = content.hexdigest()
-    found = finished(a.out), Path(a.out, "checkpoint.pt").exists()
-    if len(set(gather_objects((a.data_sha256, found)))) > 1:
-        sys.exit("the processes differ in their data, or in what --out holds: give all nodes the same files")
-    saved = read_json(Path(a.out, "args.json")) or vars(a)
+    a.steps, a.data_sha256 = a.steps or a.epochs * (n // a.batch_size), content.hexdigest()
+    found = a.data_sha256, finished(a.out), Path(a.out, "checkpoint.pt").exists()
+    refuse(len(set(gather_objects(found))) > 1,
+           "the processes differ in their data, or in what --out holds: give all nodes the same files")
+    saved = read_json(Path(a.out, "args.json")) if any(found[1:]) else vars(a)
     differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
               for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
-    if differ:
-        sys.exit(f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
-    return run
-
-
-def new_run(a, lm, tokenizer, examples):
-    """A run at its beginning."""
+    refuse(differ, f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
     if a.gradient_checkpointing:
-        try:                                                    # the older name, in transformers 5.17, say
-            getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)(
-                {"use_reentrant": False})
-        except ValueError as error:
-            sys.exit(f"{a.model}: try --no-gradient-checkpointing ({error})")
+        with explained(f"{a.model}: try --no-gradient-checkpointing"):
+            enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})                    # (the second name: transformers 5.17, say)
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
-    return Run(a, lm, tokenizer, examples, optimizer, cadft.CompatibilityEMA(len(examples), a.ema_decay),
-               len(examples) // a.batch_size)
+    tracker = cadft.CompatibilityEMA(n, a.ema_decay)
+    return Run(a, lm, tokenizer, examples, optimizer, tracker, n // a.batch_size)
 
 
 def describe(run):
     """Say what the run will do."""
     a, rounds, size = run.args, rewriting_steps(run), sum(p.numel() for p in run.lm.parameters())
+    when = (f"{len(rounds):,} rounds, after step {rounds[0]} and every {rounds.step} from there" if rounds
+            else f"can't happen with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and no "
+                 f"example seen twice before step {run.per_epoch + 1}")
     say(f"{a.method} on {a.model or 'the classroom base model'}, {size:,} parameters, {a.dtype}",
-        f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch) on "
-        f"{DEVICE.type} x {WORLD}",
-        f"rewriting: {len(rounds):,} rounds, after step {rounds[0]} and every {rounds.step} from there" if rounds else
-        f"rewriting: can't happen with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and no example "
-        f"seen twice before step {run.per_epoch + 1}")
+        f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch) "
+        f"on {DEVICE.type} x {WORLD}", f"rewriting: {when}")
     if not cadft.plain_head(run.lm):
         say("this model alters its logits after the projection: they are kept whole, which takes memory")
 
@@ -771,8 +722,7 @@ def addition(a, b, slip=lambda column, total: total):
 def problems(digits, n, name="test", without=()):
     """n different pairs of numbers of so many digits, drawn by name, none of them in `without`."""
     low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
-    if n + len(without) > span * span:
-        sys.exit(f"--classroom-size {n}: there are not so many sums of {digits}-digit numbers")
+    refuse(n + len(without) > span * span, f"--classroom-size {n}: there are fewer sums of {digits} digits")
     drawn = random.Random(name).sample(range(span * span), n + len(without))
     pairs = [(low + i // span, low + i % span) for i in drawn]
     return [pair for pair in pairs if pair not in without][:n]
@@ -822,52 +772,39 @@ def base_document(draw):
     return ",".join(str(start + i * stride) for i in range(draw.randint(3, 8)))
 
 
-def base_folder(a):
-    """Where the classroom's base model lies: beside the runs, one for each seed."""
-    return Path(a.out).parent / f"base-seed{a.seed}"
-
-
-def make_base(a):
-    """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden draft.
-
-    The stop is by competence, not by step: learning to add comes suddenly, at another step for each seed.
-    """
-    folder, draw, right = base_folder(a), random.Random(f"base {a.seed}"), [0.0]
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")   # of several, the first one stays
-    own = argparse.Namespace(**vars(parse(["--seed", f"{a.seed}"])) | BASE_RUN | {"out": str(draft)})
-    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
-    texts = (base_document(draw) for _ in range(DOCUMENTS))
-    rows = (("document", {"prompt": text[0], "response": text[1:]}) for text in texts)
-    torch.manual_seed(a.seed)
-    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE)
-    run = new_run(own, lm.train(), tokenizer, load_examples(own, tokenizer, rows))
-
-    def competent(run):
-        if run.step >= 150 and run.step % (25 if right[-1] < 0.05 else 5) == 0:
-            right.append(competence(run))
-        return right[-1] >= COMPETENT
-
-    shutil.rmtree(draft, ignore_errors=True)
-    restore(run)
-    code = train(run, until=competent)
-    if code == 0:
+def make_base(a, folder):
+    """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden folder
+    that is renamed at the end. Of several that do so at once, the first one's stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(None, ".base-", folder.parent, ignore_cleanup_errors=True) as hidden:
+        own = vars(parse(["--seed", f"{a.seed}"])) | BASE_RUN | {"out": f"{hidden}/{folder.name}"}
+        own, draw, right = argparse.Namespace(**own), random.Random(f"base {a.seed}"), [0.0]
+        texts = (base_document(draw) for _ in range(DOCUMENTS))
+        rows = (("document", {"prompt": text[0], "response": text[1:]}) for text in texts)
+        tokenizer = transformers.ByT5Tokenizer(extra_ids=0)     # bytes: it needs no vocabulary
+        torch.manual_seed(a.seed)
+        lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE)
+        run = new_run(own, lm.train(), tokenizer, load_examples(own, tokenizer, rows))
+        restore(run)
+        if code := train(run, until=lambda run: competent(run, right)):
+            sys.exit(code)
         finish(run)
         with contextlib.suppress(OSError):
-            os.replace(draft, folder)
-        say(f"{folder}: right on {right[-1]:.0%} of sums, sampled, after {run.step} steps")
-    shutil.rmtree(draft, ignore_errors=True)
-    if code:
-        sys.exit(code)
+            os.replace(own.out, folder)
+    say(f"{folder}: right on {right[-1]:.0%} of sums, sampled, after {run.step} steps")
 
 
-def competence(run):
-    """The share of 64 validation sums, twice each, that the model gets right, sampled at temperature 1."""
-    pairs, decode = 2 * problems(3, 64, "validation", set(problems(3, 100))), run.tokenizer.decode
-    prompts = run.tokenizer([f"{a}+{b}:" for a, b in pairs], add_special_tokens=False)["input_ids"]
-    samples = cadft.nucleus_rewrite(run.lm, prompts, [1], 0, 64, 1.0, 1.0, seed=key(run.step))
-    right = [ids[-1] == 1 and is_sum(decode(ids[:-1]), a + b) for ids, (a, b) in zip(samples, pairs)]
-    return sum(right) / len(right)
+def competent(run, right):
+    """Whether the base model knows enough: learning to add comes suddenly, at another step for each seed.
+    Now and then `right` gets the share of 64 validation sums, twice each, that are right at temperature 1."""
+    if run.step >= 150 and run.step % (25 if right[-1] < 0.05 else 5) == 0:
+        pairs, decode = 2 * problems(3, 64, "validation", set(problems(3, 100))), run.tokenizer.decode
+        prompts = run.tokenizer([f"{a}+{b}:" for a, b in pairs], add_special_tokens=False)["input_ids"]
+        samples = cadft.nucleus_rewrite(run.lm, prompts, [1], 0, 64, 1.0, 1.0, seed=key(run.step))
+        good = [ids[-1] == 1 and is_sum(decode(ids[:-1]), a + b) for ids, (a, b) in zip(samples, pairs)]
+        right.append(sum(good) / len(good))
+    return right[-1] >= COMPETENT
 
 
 if __name__ == "__main__":
