@@ -526,7 +526,7 @@ def restore(run):
     if RANK == 0:
         with writing(f"--out {path.parent}", "name another one"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parent / "args.json").touch(exist_ok=run.args.resume)     # of two that start, one fails here
+            (path.parent / "args.json").touch(exist_ok=run.args.resume)     # of two, one fails here
         if not path.exists():
             write_json(path.parent / "args.json", vars(run.args))
         for name, rows in run.logs.items():
@@ -689,7 +689,8 @@ def report(run):
         c_raw, c_hat, w = (sum(k["n"] * k[name] for k in seen) / sum(k["n"] for k in seen)
                            for name in ("c_raw", "c_hat", "w"))
         new = sum(row["kind"] == kind and "new" in row for row in audit)
-        say(f"  {kind:9}  c_raw {c_raw:6.3f}   c_hat {c_hat:5.2f}   w {w:4.2f}   {new} rewritten")
+        say(f"  {kind:9}  c_raw {c_raw:6.3f}  c_hat {c_hat:5.2f}  w {w:4.2f} in the last epoch; "
+            f"{new} rewritten in all")
     nll = [sum(row["nll"] for row in rows) / len(rows) for rows in (first, last)]
     new = sum("new" in row for row in audit)
     say(f"nll {nll[0]:.3f} in the first epoch, {nll[1]:.3f} in the last; {new} rewrites, "
