@@ -696,7 +696,7 @@ def test_of_two_runs_started_at_one_place_the_second_is_told(made, tmp_path):
     both = [subprocess.Popen([*map(str, start), beta], stderr=subprocess.PIPE, text=True) for beta in "04"]
     said = [process.communicate()[1] for process in both]
     codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2] and "out holds" in said[codes.index(2)]
+    assert sorted(codes) == [0, 2] and "name another" in said[codes.index(2)]
     assert train.read_json(Path(tmp_path / "out", "args.json"))["beta"] == (0, 4)[codes.index(0)]
     assert len(log(tmp_path / "out")) == 30
 
