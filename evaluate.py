@@ -30,12 +30,12 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
+import train                # before torch, which reads a setting of train's when it loads
 import torch
 from tqdm import tqdm
 
 import cadft
-import train
-from train import RANK, WORLD, key, read_jsonl, say, writing
+from train import RANK, WORLD, explained, key, read_jsonl, refuse, say, writing
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
 POWERS = [2 ** i for i in range(14)]                           # the k of pass@k
@@ -71,12 +71,11 @@ FLAGS = [
 def main(argv):
     """evaluate.py: sample and grade what is named, print the table, write results.json."""
     a, given = train.read_flags(argv, FLAGS, __doc__, "data", runs=True)
-    if "{prompt}" not in (a.prompt_template or "{prompt}"):
-        sys.exit("--prompt-template has no {prompt} in it: the question would be lost")
-    if len({Path(path).stem for path in a.data}) < len(a.data):
-        sys.exit("--data: two files of one name; their results would overwrite each other")
-    if a.grade and a.runs:
-        sys.exit(f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
+    refuse("{prompt}" not in (a.prompt_template or "{prompt}"),
+           "--prompt-template has no {prompt} in it: the question would be lost")
+    refuse(len({Path(path).stem for path in a.data}) < len(a.data),
+           "--data: two files of one name; their results would overwrite each other")
+    refuse(a.grade and a.runs, f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
     if a.plot:
         draw(a.plot, [])                                       # will the place and the format do?
     if not a.data:
@@ -85,12 +84,14 @@ def main(argv):
     train.join()
     runs = [] if a.grade else find_runs(a)
     labels = dict.fromkeys(run["label"] for run in runs)
-    if "against" in given and a.against not in labels:
-        sys.exit(f"--against {a.against}: there is no such row, only {', '.join(labels)}")
+    refuse("against" in given and a.against not in labels,
+           f"--against {a.against}: there is no such row, only {', '.join(labels)}")
     if a.gradients:
         return gradient_study(runs, a)
-    bar = tqdm(runs, "evaluate", unit="run", disable=RANK > 0 or not runs or None)
-    results = grade_file(a.grade) if a.grade else [r for run in bar for r in evaluate(run, a)]
+    files = {Path(path).stem: load_problems(path, a.limit) for path in a.data}
+    asked = [(run, files or classroom_problems(run, a)) for run in runs]       # read before a model is loaded
+    bar = tqdm(asked, "evaluate", unit="run", disable=RANK > 0 or not runs or None)
+    results = grade_file(a.grade) if a.grade else [r for run, sets in bar for r in evaluate(run, sets, a)]
     rows = compare(results, a.against)
     say(*table(rows, a.against))
     told = lambda some: [{name: r[name] for name in r if name not in ("each", "args")} for r in some]
@@ -118,28 +119,28 @@ def read_run(path):
     """What a folder, or else a hub name, says about the run in it."""
     folder, args = Path(path), train.read_json(Path(path, "args.json"))
     hub = len(folder.parts) == 1 or len(folder.parts) == 2 and not folder.parent.is_dir()      # owner/name
-    if not folder.is_dir() and (folder.exists() or not hub):
-        sys.exit(f"{path}: no such folder; name that of a run, or a hub name")
-    if folder.is_dir() and not train.finished(folder):
-        sys.exit(f"{path}: no finished model there (no config.json, or a checkpoint); see train.py --resume")
+    refuse(not folder.is_dir() and (folder.exists() or not hub),
+           f"{path}: no such folder; name that of a run, or a hub name")
+    refuse(folder.is_dir() and not train.finished(folder),
+           f"{path}: no finished model there (no config.json, or a checkpoint); see train.py --resume")
     base = re.fullmatch(r"base-seed([0-9]+)", folder.name)
     return {"run": str(path), "method": "base" if base else str(args.get("method", path)), "args": args,
             "seed": int(base[1]) if base else args.get("seed")}
 
 
-def evaluate(run, a):
+def evaluate(run, sets, a):
     """Sample and grade a run on each set of problems. Writes eval-NAME.jsonl; every rank returns results."""
     lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
-    sets = {Path(path).stem: load_problems(path, a.limit) for path in a.data} or classroom_problems(run, a)
     beside = not a.out and os.path.isdir(run["run"]) and os.access(run["run"], os.W_OK)
     folder = Path(run["run"] if beside else f"{a.out or 'out'}/{run['run'].strip('/').replace('/', '--')}")
     with writing(folder, "see --out"):
         folder.mkdir(parents=True, exist_ok=True)
-    results, trial = [], f"-limit{a.limit}" * (a.limit > 0) + f"-samples{a.samples}" * (a.samples != 16)
+    results, usual = [], {flag: value for flag, value, *_ in FLAGS}
+    trial = [f"-{flag}{vars(a)[flag]}" for flag in ("limit", "samples") if vars(a)[flag] != usual[flag]]
     for name, problems in sets.items():
         rows = answers(run, lm.eval(), tokenizer, name, problems, a)
         if RANK == 0:                                          # a smaller trial does not overwrite the whole
-            train.write_rows(folder / f"eval-{name}{trial}.jsonl", rows, "w")
+            train.write_rows(folder / f"eval-{name}{''.join(trial)}.jsonl", rows, "w")
         results.append(result(run, name, count(rows)))
     return results + ([average_of_files(results)] if len(results) > 1 else [])
 
@@ -154,8 +155,8 @@ def answers(run, lm, tokenizer, name, problems, a):
     prompts, stops = train.encode_prompts(tokenizer, turns, wheres), train.eos_ids(lm, tokenizer)
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or train.MANY
     for where, prompt in zip(wheres, prompts):
-        if not 0 < len(prompt) < positions:
-            sys.exit(f"{where}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
+        refuse(not 0 < len(prompt) < positions,
+               f"{where}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
     asked = [(i, "greedy") for i in order], [(i, sample) for i in order for sample in range(a.samples)]
     batches = [pairs[i:i + a.batch_size] for pairs in asked for i in range(0, len(pairs), a.batch_size)]
@@ -196,8 +197,8 @@ def load_problems(path, limit=0):
     some = []
     for where, row in islice(read_jsonl(path), limit or None):
         question = row.get("question") or row.get("problem")
-        if not isinstance(question, str):
-            sys.exit(f'{where}: field "question" (or "problem") is missing or not a string')
+        refuse(not isinstance(question, str),
+               f'{where}: field "question" (or "problem") is missing or not a string')
         some.append((where, {"question": question, "reference": reference_of(row, where)}))
     return some or sys.exit(f"{path}: no problem in it")
 
@@ -217,8 +218,9 @@ def grade_file(path):
     rows = []
     for number, (where, row) in enumerate(read_jsonl(path)):
         tokens = row.get("tokens", 0)
-        if not isinstance(row.get("response"), str) or type(tokens) not in (int, float) or not tokens < 1e12:
-            sys.exit(f'{where}: "response" must be a string (and "tokens", if there, a number)')
+        counted = type(tokens) in (int, float) and tokens < 1e12
+        refuse(not isinstance(row.get("response"), str) or not counted,
+               f'{where}: "response" must be a string (and "tokens", if there, a number)')
         row["reference"] = reference_of(row, where)
         named = [row[name] for name in ("problem", "question", "prompt") if row.get(name) is not None]
         rows.append(row | {"problem": key(named[0]) if named else number, "correct": grade(row)})
@@ -347,6 +349,7 @@ def write_results(a, **parts):
 def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
     Both are measured on held-back demonstrations: those of --data, or new ones like the run's."""
+    refuse(WORLD > 1, "--gradients runs in one process: start it without torchrun")
     found = {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
         lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
@@ -355,9 +358,9 @@ def gradient_study(runs, a):
         vars(own).update(data=a.data[0] if a.data else "", classroom_size=a.limit or 256, seed=run["seed"])
         rows = None if a.data else train.classroom_rows(own, split="held back")
         examples = train.load_examples(own, tokenizer, rows)[:a.limit or 256]
-        if len(examples) <= 32 or 4e-9 * lm.num_parameters() * len(examples) > 4:
-            sys.exit(f"--gradients keeps {len(examples)} gradients of {lm.num_parameters():,} numbers: take "
-                     f"more than 32, a batch, and at most 4 GB; see --limit")
+        refuse(len(examples) <= 32 or 4e-9 * lm.num_parameters() * len(examples) > 4,
+               f"--gradients keeps {len(examples)} gradients of {lm.num_parameters():,} numbers: take "
+               f"more than 32, a batch, and at most 4 GB; see --limit")
         numbers = study(*sample_gradients(lm.eval(), [train.collate([e]) for e in examples]), own.beta)
         found.setdefault(run["label"], []).append(numbers)
     for label, some in found.items():
@@ -368,16 +371,17 @@ def gradient_study(runs, a):
 
 def sample_gradients(lm, batches):
     """c_raw [N], nats per token, and {loss: [N, N]}, the inner products of the samples' gradients g_i."""
-    c_raw, g, weights = [], {"sft": [], "dft": []}, list(lm.parameters())
-    for batch in batches:
+    c_raw, weights = [], list(lm.parameters())
+    size = dict(size=(len(batches), lm.num_parameters()), dtype=lm.dtype)
+    g = {"sft": torch.empty(**size), "dft": torch.empty(**size)}
+    for i, batch in enumerate(batches):
         nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask))
         for name, rows in g.items():
             loss = train.METHODS[name][0](nll, mask).sum()
             parts = torch.autograd.grad(loss, weights, retain_graph=True)
-            rows.append(torch.cat([part.flatten() for part in parts]))
-    gram = lambda rows: (rows @ rows.T).double().cpu()
-    return torch.cat(c_raw).cpu().double(), {name: gram(torch.stack(rows)) for name, rows in g.items()}
+            rows[i] = torch.cat([part.flatten() for part in parts])
+    return torch.cat(c_raw).cpu().double(), {name: (rows @ rows.T).double() for name, rows in g.items()}
 
 
 def study(c_raw, gram, beta):
@@ -419,7 +423,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def draw(path, rows):
     """Four panels, means over the runs of a row: c_raw and w by kind, gradient norms, accuracy."""
-    with writing(path, "--plot needs matplotlib: pip install matplotlib"):
+    with explained("--plot needs matplotlib: pip install matplotlib"):
         from matplotlib import figure, rcParams                # without pyplot, which looks for a window
     rcParams.update({"font.size": 17, "lines.linewidth": 3})
     picture = figure.Figure(figsize=(18, 12), layout="constrained")

@@ -86,9 +86,9 @@ FLAGS = [
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
 FREE = {"out", "data", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
-PLACE = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-TORCHRUN = os.environ.keys() >= {*PLACE, "MASTER_ADDR", "MASTER_PORT"}
-RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in PLACE) if TORCHRUN else (0, 0, 1)
+PLACES = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+TORCHRUN = os.environ.keys() >= {*PLACES, "MASTER_ADDR", "MASTER_PORT"}
+RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in PLACES) if TORCHRUN else (0, 0, 1)
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 say = partial(print, sep="\n", flush=True) if RANK == 0 else lambda *lines: None
 
@@ -155,9 +155,8 @@ def train_step(run, net, batches):
 def train(run, until=lambda run: False):
     """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal it obeyed."""
     a, began, done, stopped = run.args, time.perf_counter() - run.seconds, run.step == run.args.steps, 0
-    net, place = ResponseNLL(run.lm, a.dtype == "bfloat16"), (0, 1)
-    if dist.is_initialized():                           # not yet where rank 0 makes the base model
-        place = RANK, WORLD
+    net = ResponseNLL(run.lm, a.dtype == "bfloat16")
+    if dist.is_initialized():
         net = torch.nn.parallel.DistributedDataParallel(
             net, [DEVICE] if CUDA else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
     note_signals(run)
@@ -167,7 +166,7 @@ def train(run, until=lambda run: False):
         torch.manual_seed(key(a.seed, run.step))        # should the model draw anything (a noisy router)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, a)
-        table = train_step(run, net, [collate(rows) for rows in share(run, *place)])
+        table = train_step(run, net, [collate(rows) for rows in share(run, *joined())])
         bad = sorted(table["index"][~table["loss"].isfinite()].int().tolist())
         refuse(bad or not table["grad_norm"].isfinite().all(),
                f"loss or gradient is not finite at step {run.step}, examples {bad[:8] or 'all'}: look at "
@@ -268,8 +267,8 @@ def rewrite(run, chunk=64):
     picked = run.tracker.pick(a.rewrite_fraction)
     drawn = [i for i in picked if random.Random(key(a.seed, run.step, i)).random() < a.rewrite_prob]
     drawn.sort(key=lambda i: (len(run.examples[i].prompt_ids), i))
-    new, rows = {}, []
-    for start in range(RANK * chunk, len(drawn), WORLD * chunk):
+    (rank, world), new, rows = joined(), {}, []
+    for start in range(rank * chunk, len(drawn), world * chunk):
         some = drawn[start:start + chunk]
         prompts = [run.examples[i].prompt_ids.tolist() for i in some]
         room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))      # the longest prompt's
@@ -383,8 +382,13 @@ def load_model(path, dtype):
         cadft.plain_head(lm.to(DEVICE).train())                 # refuses what is not causal
     refuse(info["missing_keys"], f"{path}: weights are missing: {sorted(info['missing_keys'])[:3]}")
     refuse(tokenizer.eos_token_id is None, f"{path}: its tokenizer has no end-of-sequence token")
-    refuse(not all(p.isfinite().all() for p in lm.parameters()), f"{path}: its weights are not finite")
+    refuse(not finite(lm), f"{path}: its weights are not finite")
     return lm, tokenizer
+
+
+def finite(lm):
+    """Whether all weights of a model are finite numbers."""
+    return all(p.isfinite().all() for p in lm.parameters())
 
 
 def eos_ids(lm, tokenizer):
@@ -410,9 +414,14 @@ def join():
                                 timeout=timedelta(hours=2))     # some wait while others sample
 
 
+def joined():
+    """(rank, processes) among those that have joined; alone before, as rank 0 is while it makes a base."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather_objects(value):
     """A list with every rank's value."""
-    values = [value] * WORLD
+    values = [value] * joined()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
@@ -436,6 +445,7 @@ def explained(meaning):
 def guarded(program):
     """program(argv) as a main function that returns the exit code: 0, 2 (a mistake), or 128 + signal."""
     def main(argv=None):
+        """The program on these arguments, or on the command line's."""
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if sys.stdout:
@@ -476,6 +486,7 @@ def peak_memory():
 def note_signals(run):
     """SIGTERM and Ctrl-C finish the step and save; once more, after two seconds, ends the process at once."""
     def note(number, _):
+        """What the system calls when a signal comes."""
         times.append(time.monotonic())
         run.signal = run.signal or number
         if times[-1] - times[0] > 2:                            # torchrun repeats the signal
@@ -499,16 +510,17 @@ def finished(out):
 
 def save(run):
     """The checkpoint, written beside the old one, and renamed over it when it is on disk. Rank 0 alone."""
-    refuse(not all(p.isfinite().all() for p in run.lm.parameters()),
+    refuse(not finite(run.lm),
            f"weights are not finite after step {run.step}: try a lower --lr; no checkpoint was touched")
     path, draft = Path(run.args.out, "checkpoint.pt"), Path(run.args.out, "checkpoint.tmp")
     state = {name: getattr(run, name) for name in ("step", "seconds", "rewrites", "logs")}
     state |= {name: getattr(run, name).state_dict() for name in ("lm", "optimizer", "tracker")}
-    with writing(path), open(draft, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())                                 # on disk, not in a cache
-    os.replace(draft, path)
+    with writing(path):
+        with open(draft, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                             # on disk, not in a cache
+        os.replace(draft, path)
 
 
 def restore(run):
@@ -527,8 +539,8 @@ def restore(run):
         with writing(f"--out {path.parent}", "name another one"):
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / "args.json").touch(exist_ok=run.args.resume)     # of two, one fails here
-        if not path.exists():
-            write_json(path.parent / "args.json", vars(run.args))
+            if not path.exists():
+                write_json(path.parent / "args.json", vars(run.args))
         for name, rows in run.logs.items():
             write_rows(path.parent / name, rows, "w")
 
@@ -589,10 +601,11 @@ def read_flags(argv, flags, doc, own, runs=False):
     column = 1 if given.get(own) else 2
     for flag, usual, _, allowed, _ in flags:
         value = given.get(flag.replace("-", "_"))
-        if value is not None and isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:
-            sys.exit(f"--{flag} must lie between {allowed[0]} and {allowed[1]}, got {value}")
-        if value is not None and column == 1 and usual is None:
-            sys.exit(f"--{flag} belongs to the classroom: leave out --{own}")
+        if value is not None and isinstance(allowed, tuple):
+            low, high = allowed
+            refuse(not low <= value <= high, f"--{flag} must lie between {low} and {high}, got {value}")
+        refuse(value is not None and column == 1 and usual is None,
+               f"--{flag} belongs to the classroom: leave out --{own}")
     values = {row[0].replace("-", "_"): row[column] for row in flags}
     return argparse.Namespace(**values | given), given.keys()
 
