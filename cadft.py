@@ -17,6 +17,7 @@ import weakref
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a token that is not part of the response (Hugging Face's convention)
@@ -44,31 +45,16 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
     else:                       # the model alters its logits after the projection: take its own, whole
         features, head = lm(**inputs).logits, torch.nn.Identity()               # [B, T, V]
     features, targets = features[:, :-1][mask], targets[mask]                   # [R, H] or [R, V], [R]
-    project = lambda f, y: _CrossEntropy.apply(head(f), y)                      # a chunk's -log softmax(z)[y]
-    parts = [checkpoint(project, f, y, use_reentrant=False, preserve_rng_state=False)
+    parts = [checkpoint(_cross_entropy, head, f, y, use_reentrant=False, preserve_rng_state=False)
              for f, y in zip(features.split(chunk), targets.split(chunk))]      # each [chunk] or less
     nll = torch.cat(parts)                                                      # [R]
     return nll.new_zeros(mask.shape).masked_scatter(mask, nll), mask
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(z, y, reduction="none") in two blocks of memory: its gradient overwrites log p."""
-
-    @staticmethod
-    def forward(ctx, z, y):
-        """z [chunk, V], y [chunk] -> [chunk], in float32 or more: bfloat16 goes up, float64 stays."""
-        log_p = z.log_softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))     # [chunk, V]
-        ctx.save_for_backward(log_p, y)
-        ctx.dtype = z.dtype
-        return -log_p.gather(1, y[:, None]).squeeze(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        """d(-log p_y)/dz = softmax(z) - onehot(y)."""
-        (log_p, y), grad = ctx.saved_tensors, grad[:, None]
-        dz = log_p.exp_().mul_(grad).scatter_add_(1, y[:, None], -grad)                 # [chunk, V]
-        return dz.to(ctx.dtype), None
+def _cross_entropy(head, features, targets):
+    """-log softmax(z)[y] of one chunk, [chunk], in float32 or more: bfloat16 goes up, float64 stays."""
+    z = head(features)                                                          # [chunk, V]
+    return cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
 
 
 _PLAIN = weakref.WeakKeyDictionary()  # model -> answer of plain_head, found once

@@ -18,6 +18,7 @@ What the numbers mean:
 """
 import ast
 import cmath
+import io
 import json
 import math
 import operator
@@ -50,8 +51,8 @@ FLAGS = [
     ("batch-size", 64, 800, (1, train.MANY), "answers that a process samples at once; changes the draw"),
     ("seed", 0, 0, (0, 10 ** 9), "of sampling; each run's own seed is mixed in"),
     ("limit", 0, 0, (0, train.MANY), "only so many problems of each file (or demonstrations); 0: all"),
-    ("classroom-digits", 0, 0, [0, 2, 3, 4, 5, 6], "of the sums; 0: as many as the run learned"),
-    ("classroom-carries", 0, 0, (0, 6), "only those of the sums with so many carries or more"),
+    ("classroom-digits", None, 0, [0, 2, 3, 4, 5, 6], "of the sums; 0: as many as the run learned"),
+    ("classroom-carries", None, 0, (0, 6), "only those of the sums with so many carries or more"),
     ("prompt-template", "", "", None, 'wraps each question, "{prompt} Reason." (the run\'s own)'),
     ("against", "dft", "dft", None, "the row that the others are compared to"),
     ("out", "", "", None, "folder for eval-NAME.jsonl (beside the model)"),
@@ -153,17 +154,16 @@ def answers(run, lm, tokenizer, name, problems, a):
     template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
     turns = [[{"role": "user", "content": template.replace("{prompt}", p["question"])}] for p in problems]
     prompts, stops = train.encode_prompts(tokenizer, turns, wheres), train.eos_ids(lm, tokenizer)
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or train.MANY
+    room = train.positions(lm)
     for where, prompt in zip(wheres, prompts):
-        refuse(not 0 < len(prompt) < positions,
-               f"{where}: {len(prompt)} tokens; the model takes 1 to {positions - 1}")
+        refuse(not 0 < len(prompt) < room, f"{where}: {len(prompt)} tokens; the model takes 1 to {room - 1}")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
     asked = [(i, "greedy") for i in order], [(i, sample) for i in order for sample in range(a.samples)]
     batches = [pairs[i:i + a.batch_size] for pairs in asked for i in range(0, len(pairs), a.batch_size)]
     mine = list(enumerate(batches))[RANK::WORLD]
     for number, pairs in tqdm(mine, name, unit="batch", leave=False, disable=RANK > 0 or None):
         some, heat = [prompts[i] for i, _ in pairs], 0.0 if pairs[0][1] == "greedy" else a.temperature
-        limit, seed = min(a.max_tokens, positions - max(map(len, some))), key(a.seed, run["seed"], number)
+        limit, seed = min(a.max_tokens, room - max(map(len, some))), key(a.seed, run["seed"], number)
         new = cadft.nucleus_rewrite(lm, some, stops, stops[0], limit, a.top_p, heat, seed)
         for (i, sample), ids in zip(pairs, new):
             row = {"problem": i, "sample": sample, **problems[i], "tokens": len(ids)}
@@ -349,7 +349,7 @@ def write_results(a, **parts):
 def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
     Both are measured on held-back demonstrations: those of --data, or new ones like the run's."""
-    refuse(WORLD > 1, "--gradients runs in one process: start it without torchrun")
+    refuse(WORLD > 1 or len(a.data) > 1, "--gradients: one process, without torchrun, and one --data file")
     found = {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
         lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
@@ -447,7 +447,8 @@ def draw(path, rows):
     bars.set(title="Accuracy, with standard errors", ylabel="correct (%)", ylim=(0, 100))
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
     with writing(path, "see --plot"):
-        picture.savefig(path, dpi=100)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(path if rows else io.BytesIO(), format=Path(path).suffix[1:], dpi=100)
 
 
 def curves(axis, parts, value, title, unit):

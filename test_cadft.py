@@ -821,6 +821,7 @@ BAD_FLAGS = """
 --data= :: --model and --data go together; with neither, the classroom runs ; --prompt-template x :: {prompt}
 --model SMALL :: token 46, the model only 10 ; --model NAN :: are not finite ; --model RWKV :: attention mask
 --model BERT :: depend on later tokens ; --model LLAVA :: this one is for text ; --max-length 129 :: 129 & 128
+--model T5 :: has an encoder
 --prompt-field x :: line 1 & field "x" ; --out MODEL :: no run but not empty ; --max-length 3 :: no usable row
 --out RUN :: holds a run: --resume ; --out BASE :: a name for base models ; --out DATA/below :: below & --out
 --steps 3 --epochs 1 :: --steps and --epochs ; --classroom-size 10 :: classroom
@@ -834,6 +835,7 @@ MODEL --data LONG :: line 1 & 127 ; MODEL --gradients --limit 5 :: 32 & 5 ; --gr
 MODEL --data ASKED :: line 2 & no reference ; MODEL --grade TEXT :: leave out ; --grade NONE :: no answer
 MODEL --limit 1 --samples 1 --out DATA/below :: --out ; MODEL --plot x.png :: pip install matplotlib
 --grade TEXT :: line 1 & tokens ; --grade DATA :: line 1 & no reference
+MODEL --data LONG --classroom-carries 2 :: leave out --data ; MODEL --gradients --data LONG ASKED :: one --data
 """
 BAD = [(program, flags.split(), words.split(" & "))
        for program, table in ((train, BAD_FLAGS), (evaluate, BAD_EVALUATIONS))
@@ -851,7 +853,8 @@ def broken(made):
     spoiled.get_input_embeddings().weight.data[5, 5] = math.nan
     half = {name: tensor for name, tensor in untied.state_dict().items() if name != "lm_head.weight"}
     models = {"SMALL": tiny(vocab_size=10), "BERT": tiny("bert"), "NAN": spoiled, "LLAVA": seeing("llava"),
-              "RWKV": tiny("rwkv", attention_hidden_size=32, context_length=128)}
+              "RWKV": tiny("rwkv", attention_hidden_size=32, context_length=128),
+              "T5": transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=47, d_model=8))}
     found = {name: folder(path / name, lm) for name, lm in models.items()}
     asked = {"question": "1" * 200, "answer": "1"}
     files = {"NONE": [], "LONG": [asked], "TEXT": [asked | {"response": "1", "tokens": "12"}],
@@ -1168,7 +1171,7 @@ def test_sample_gradients_are_those_of_a_direct_backward():
 
 
 def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluated, capsys, tmp_path):
-    results, picture = tmp_path / "results.json", tmp_path / "picture.png"
+    results, picture = tmp_path / "results.json", tmp_path / "new" / "picture.png"
     results.write_text('{"rows": 3}')
     found = judge(results, evaluated["flags"][0], "--gradients", "--limit", 33)
     numbers = {name: mean for name, (mean, error) in found["gradients"]["cadft"].items()}
@@ -1177,4 +1180,6 @@ def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluat
     assert name.format("cadft") in capsys.readouterr().out and found["rows"] == 3
     pytest.importorskip("matplotlib")
     judge(results, *evaluated["flags"], "--limit", 2, "--plot", picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = picture.read_bytes()
+    evaluate.draw(picture, [])                                 # the trial at a start leaves it alone
+    assert drawn == picture.read_bytes() and drawn.startswith(b"\x89PNG")

@@ -30,7 +30,8 @@ from functools import partial
 from itertools import dropwhile, islice
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it when it loads: large memory pages
+for setting in "THP_MEM_ALLOC_ENABLE=1", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=10000":
+    os.environ.setdefault(*setting.split("="))     # read as torch loads: large pages, threads that yield
 import torch
 import torch.distributed as dist
 import transformers
@@ -397,6 +398,11 @@ def eos_ids(lm, tokenizer):
     return sorted({tokenizer.eos_token_id, *([] if own is None else own if isinstance(own, list) else [own])})
 
 
+def positions(lm):
+    """How many tokens the model takes."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or MANY
+
+
 def key(*parts):
     """A seed made of several things, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
@@ -656,8 +662,7 @@ def new_run(a, lm, tokenizer, examples):
     """A run at its beginning, once what can be known to fail before the first step is checked."""
     n, texts = len(examples), [ids for e in examples for ids in (e.prompt_ids, e.response_ids)]
     token, known = max(int(ids.max()) for ids in texts), len(lm.get_input_embeddings().weight)
-    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    refuse(a.max_length > positions, f"--max-length {a.max_length}: the model has {positions} positions")
+    refuse(a.max_length > positions(lm), f"--max-length {a.max_length}: the model takes {positions(lm)}")
     refuse(a.batch_size > n, f"--batch-size {a.batch_size}: there are only {n} usable examples")
     refuse(token >= known, f"the data has token {token}, the model only {known}: is it its tokenizer?")
     content = hashlib.sha256()
