@@ -31,7 +31,8 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
     input_ids       [B, T] prompt, response, padding
     attention_mask  [B, T], or None when padding stands on the right only: causal attention never sees it
     labels          [B, T] the response's token ids, IGNORE elsewhere
-    chunk           response tokens whose logits, chunk x V, exist at one time (in the backward pass too)
+    chunk           response tokens whose logits, chunk x V, exist at one time (in the backward pass too);
+                    those of all tokens where plain_head is False
     more            what else the model's forward takes: pixel_values, image_grid_thw, mm_token_type_ids, ...
 
     Returns nll [B, T-1], in nats, 0 outside the response, at least float32; and mask [B, T-1], True on the
@@ -112,15 +113,15 @@ def batch_zscore(c_raw, eps=1e-6):
     Returns c_hat [B], no unit, detached. Equal scores, a batch of one among them, give exactly 0. Raises
     ValueError when ranks hold different numbers of rows. Section: Dynamic Compatibility Evaluation.
     """
-    own = c_raw.detach().double()                                               # [B]
-    counts = gather(torch.full((1,), len(own), device=own.device)).tolist() if _world_size() > 1 else []
+    own = c_raw.detach()                                                        # [B]
+    counts = gather(torch.full((1,), len(own), device=own.device)).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"every rank must hold the same number of rows of the global batch, got {counts}")
-    scores = gather(own)                                                        # [G]
+    scores, own = gather(own).cpu().double(), own.cpu().double()    # [G], [B]; Apple's GPUs have no float64
     low = scores.min()          # the shift changes nothing but rounding, which could be of the size of eps
     mu = (scores - low).mean()
     sigma = (scores - low).std(correction=0)                                    # paper silent: population
-    return ((own - low - mu) / (sigma + eps)).to(c_raw.dtype)
+    return ((own - low - mu) / (sigma + eps)).to(c_raw)
 
 
 def compatibility_weight(c_hat, beta=1.0):
@@ -218,7 +219,7 @@ class CompatibilityEMA(torch.nn.Module):
 
     def update(self, index, c_hat):
         """Take in c_hat [G] of the distinct examples index [G]: the global batch, so that all ranks agree."""
-        index, c_hat = index.cpu(), c_hat.detach().cpu().double()
+        index, c_hat = index.to(self.mean.device), c_hat.detach().to(self.mean)
         if len(index.unique()) < len(index):
             raise ValueError("an example stands twice in one batch: its average would take in one value only")
         moved = self.decay * self.mean[index] + (1 - self.decay) * c_hat

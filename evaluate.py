@@ -57,7 +57,7 @@ FLAGS = [
     ("against", "dft", "dft", None, "the row that the others are compared to"),
     ("out", "", "", None, "folder for eval-NAME.jsonl (beside the model)"),
     ("results", "", "", None, "file of the summary (results.json beside the runs)"),
-    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 on CUDA, else float32)"),
+    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 with --data on CUDA, else float32)"),
     ("grade", "", "", None, "a JSONL file with response and reference: grade these, sample nothing"),
     ("gradients", False, False, None, "study gradients, sample nothing"),
     ("plot", "", "", None, "FILE.png: draw compatibility, weights, gradient norm and accuracy"),
@@ -81,7 +81,7 @@ def main(argv):
         draw(a.plot, [])                                       # will the place and the format do?
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
-    a.dtype = a.dtype or ("bfloat16" if train.CUDA and not a.gradients else "float32")
+    a.dtype = a.dtype or ("bfloat16" if train.CUDA and a.data and not a.gradients else "float32")
     train.join()
     runs = [] if a.grade else find_runs(a)
     labels = dict.fromkeys(run["label"] for run in runs)

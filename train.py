@@ -1,6 +1,6 @@
 """Fine-tune a causal language model with CADFT; or with SFT, DFT, weighted SFT or focal loss, to compare.
 
-    python train.py                                              the classroom: no download, no GPU, 1 minute
+    python train.py                                              the classroom: no download, no GPU needed
     python train.py --model MODEL --data FILE.jsonl              your own model and demonstrations
     torchrun --nproc-per-node=8 train.py --model ... --data ...  the same result on eight processes
 
@@ -55,7 +55,7 @@ FLAGS = [
     ("prompt-field", "prompt", "prompt", None, "JSONL field of the prompt"),
     ("response-field", "response", "response", None, "JSONL field of the response"),
     ("prompt-template", "{prompt}", "{prompt}", None, 'wraps each prompt: "{prompt} Reason step by step."'),
-    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 on CUDA, else float32)"),
+    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 with --model on CUDA, else float32)"),
     ("gradient-checkpointing", True, False, None, "recompute activations in the backward pass"),
     ("beta", 1.0, 1.0, (0.0, 1e9), "w = exp(-beta max(0, c_hat)); 0: all weights are 1"),
     ("eps", 1e-6, 1e-6, (1e-30, 1e9), "added to the standard deviation of the z-score"),
@@ -73,7 +73,7 @@ FLAGS = [
     ("micro-batch-tokens", 16384, 8192, (1, MANY), "padded tokens of one forward; changes no result"),
     ("max-length", 2048, 128, (2, MANY), "tokens of prompt and response; longer responses are cut"),
     ("lr", 5e-5, 1e-4, (1e-30, 1e38), "peak learning rate"),
-    ("warmup-ratio", 0.1, 0.1, (0.0, 1.0), "share of the steps that warm up; then a cosine to 0"),
+    ("warmup-ratio", 0.1, 0.1, (0.0, 1.0), "share of the steps that warm up; then a cosine towards 0"),
     ("weight-decay", 0.01, 0.0, (0.0, 1e9), "of AdamW"),
     ("clip", 1.0, 1.0, (1e-30, math.inf), "largest gradient norm"),
     ("seed", 0, 0, (0, 10 ** 9), "decides order, rewrites, and everything in the classroom"),
@@ -116,7 +116,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     tracker: cadft.CompatibilityEMA
     per_epoch: int              # steps of an epoch; the last, short batch is dropped (paper silent)
-    step: int = 0
+    step: int = 0               # steps done; in the loop: the one at work
     seconds: float = 0.0
     rewrites: dict = field(default_factory=dict)    # index -> the response ids that replaced the original's
     logs: dict = field(default_factory=lambda: {"log.jsonl": [], "rewrites.jsonl": []})     # what is in them
@@ -155,7 +155,8 @@ def train_step(run, net, batches):
 
 def train(run, until=lambda run: False):
     """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal it obeyed."""
-    a, began, done, stopped = run.args, time.perf_counter() - run.seconds, run.step == run.args.steps, 0
+    a, began = run.args, time.perf_counter() - run.seconds
+    done, stopped = run.step == a.steps, 0
     net = ResponseNLL(run.lm, a.dtype == "bfloat16")
     if dist.is_initialized():
         net = torch.nn.parallel.DistributedDataParallel(
@@ -284,7 +285,7 @@ def rewrite(run, chunk=64):
                 "empty" if not text(ids).strip() else None)
         rows.append({"step": run.step, "index": i, "kind": e.kind, "average": run.tracker.mean[i].item(),
                      "prompt": text(e.prompt_ids), "old": text(e.response_ids),
-                     **({"kept": kept} if kept else {"new": text(ids)})})
+                     "kept" if kept else "new": kept or text(ids)})
         if not kept:
             run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
             run.tracker.forget(i)
@@ -409,8 +410,9 @@ def key(*parts):
 
 
 def join():
-    """Join torchrun's processes, if it started us: nccl on CUDA, else gloo."""
+    """Join torchrun's processes, if it started us, and wait until all have: nccl on CUDA, else gloo."""
     if CUDA:
+        refuse(LOCAL_RANK >= torch.cuda.device_count(), "more processes than GPUs: lower --nproc-per-node")
         torch.cuda.set_device(DEVICE)
     if TORCHRUN:
         store, *_ = next(dist.rendezvous("env://"))
@@ -418,6 +420,7 @@ def join():
         store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=RANK, world_size=WORLD,
                                 timeout=timedelta(hours=2))     # some wait while others sample
+        gather_objects(None)                # nccl does not meet in joining, but in the first communication
 
 
 def joined():
@@ -444,6 +447,8 @@ def explained(meaning):
     """Whatever goes wrong in here ends in one line: what that means, and the error's own words."""
     try:
         yield
+    except torch.OutOfMemoryError:                              # `guarded` knows better
+        raise
     except Exception as error:                                  # libraries have many kinds of their own
         sys.exit(f"{meaning} ({error})")
 
@@ -454,7 +459,7 @@ def guarded(program):
         """The program on these arguments, or on the command line's."""
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        if sys.stdout:
+        with contextlib.suppress(AttributeError):               # a notebook's has no such method
             sys.stdout.reconfigure(errors="replace")            # a terminal may know ASCII only
         try:
             end = program(argv) or 0
@@ -591,7 +596,8 @@ def finish(run):
 # ==== 6. From the command line ==============================================================================
 
 def read_flags(argv, flags, doc, own, runs=False):
-    """(all values, the names given). Flags not given take the classroom's value, or with `own` the usual."""
+    """(all values, the names given). Flags not given take the classroom's value, or the usual one where the
+    flag `own` is given."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"{message}; see --help")
@@ -625,7 +631,7 @@ def parse(argv):
     a.steps = 0 if "epochs" in given else a.steps
     a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
     a.out = a.out or f"out/{a.method}-seed{a.seed}"
-    a.dtype = a.dtype or ("bfloat16" if CUDA else "float32")
+    a.dtype = a.dtype or ("bfloat16" if CUDA and a.model else "float32")
     return a
 
 
@@ -678,8 +684,7 @@ def new_run(a, lm, tokenizer, examples):
     refuse(differ, f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
     if a.gradient_checkpointing:
         with explained(f"{a.model}: try --no-gradient-checkpointing"):
-            enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})                    # (the second name: transformers 5.17, say)
+            lm.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
     tracker = cadft.CompatibilityEMA(n, a.ema_decay)
     return Run(a, lm, tokenizer, examples, optimizer, tracker, n // a.batch_size)
