@@ -424,7 +424,7 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
 # ==== 6. The picture ========================================================================================
 
 def draw(path, rows):
-    """Four panels, means over the runs of a row: c_raw and w by kind (last row), gradient norms, accuracy."""
+    """Four panels, means over the runs of a row: c_raw and w of the last row, gradient norms, accuracy."""
     with explained("--plot needs matplotlib: pip install matplotlib"):
         from matplotlib import figure, style                   # without pyplot, which looks for a window
     style.use(["tableau-colorblind10", {"font.size": 17, "lines.linewidth": 3, "legend.frameon": False}])
@@ -444,11 +444,14 @@ def draw(path, rows):
         panel.plot([*values], [*map(statistics.fmean, values.values())], label=name)
     for side, share in zip((-0.2, 0.2), SHARES):
         heights, errors = ([100 * row[part][share] for row in rows] for part in ("mean", "standard_error"))
-        bars.bar([i + side for i in range(len(rows))], heights, 0.4, yerr=errors, capsize=6, label=share)
+        bars.bar([i + side for i in range(len(rows))], heights, 0.4, yerr=errors, capsize=6,
+                 label=share.replace("_at_", "@"))
     bars.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
-    for panel, title, below in ((left, "c_raw by kind, nats per token", "step"), (right, "w by kind", "step"),
-                                (norms, "gradient norm before clipping", "step"),
-                                (bars, "accuracy in % with standard errors", "")):
+    last = rows[-1]["label"] if rows else ""
+    for panel, below, title in ((left, "step", f"{last}: c_raw by kind, nats per token"),
+                                (right, "step", f"{last}: w by kind"),
+                                (norms, "step", "gradient norm before clipping"),
+                                (bars, "", "accuracy in % with standard errors")):
         panel.set(title=title, xlabel=below, ylim=(0, None))
         panel.legend(*panel.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5))
     with writing(path, "see --plot"):
