@@ -219,7 +219,7 @@ class CompatibilityEMA(torch.nn.Module):
 
     def update(self, index, c_hat):
         """Take in c_hat [G] of the distinct examples index [G]: the global batch, so that all ranks agree."""
-        index, c_hat = index.to(self.mean.device), c_hat.detach().to(self.mean)
+        index, c_hat = index.to(self.mean.device), c_hat.detach().to(self.mean.device).to(self.mean.dtype)
         if len(index.unique()) < len(index):
             raise ValueError("an example stands twice in one batch: its average would take in one value only")
         moved = self.decay * self.mean[index] + (1 - self.decay) * c_hat

@@ -77,9 +77,9 @@ def main(argv):
     refuse(len({Path(path).stem for path in a.data}) < len(a.data),
            "--data: two files of one name; their results would overwrite each other")
     refuse(a.grade and (a.runs or a.gradients),
-           f"--grade reads answers from {a.grade} alone: leave out --gradients and {' '.join(a.runs)}")
+           f"--grade reads answers from {a.grade} alone: leave out runs and --gradients")
     if a.plot:
-        draw(a.plot, [])                                       # will the place and the format do?
+        draw(a.plot, [])                                       # will the folder and the format do?
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     a.dtype = a.dtype or ("bfloat16" if train.CUDA and a.data and not a.gradients else "float32")
@@ -105,7 +105,7 @@ def main(argv):
 def find_runs(a):
     """The runs named, or all finished ones under out/ with the base models, each with its row's label."""
     there = (folder for folder in sorted(Path("out").glob("[!.]*")) if train.finished(folder))
-    paths = dict.fromkeys(Path(path).as_posix() for path in a.runs or there)
+    paths = dict.fromkeys(Path(os.path.normpath(path)).as_posix() for path in a.runs or there)
     runs, taken = [read_run(path) for path in paths], []
     for run in runs:
         kin = [other["args"] for other in runs if other["method"] == run["method"]]
@@ -121,6 +121,7 @@ def find_runs(a):
 def read_run(path):
     """What a folder, or else a hub name, says about the run in it."""
     folder, args = Path(path), train.read_json(Path(path, "args.json"))
+    args["data"] = Path(args.get("data") or "").name           # of one's own data, the file tells rows apart
     hub = len(folder.parts) == 1 or len(folder.parts) == 2 and not folder.parent.is_dir()      # owner/name
     refuse(not folder.is_dir() and (folder.exists() or not hub),
            f"{path}: no such folder; name that of a run, or a hub name")
@@ -209,8 +210,10 @@ def reference_of(row, where):
     """`reference`, `answer` or `final_answer` (text, number, list), else the last box of `solution`."""
     for name in "reference", "answer", "final_answer":
         values = row.get(name) if isinstance(row.get(name), list) else [row.get(name)]
-        if values and all(isinstance(value, (str, int, float)) and str(value).strip() for value in values):
-            return ", ".join(str(value).split("####")[-1].strip() for value in values)      # (GSM8K's #### 7)
+        texts = [str(value).split("####")[-1].strip() for value in values       # GSM8K's end in #### 7
+                 if isinstance(value, (str, int, float))]
+        if texts and all(texts) and len(texts) == len(values):
+            return ", ".join(texts)
     boxed = last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
     return boxed or sys.exit(f'{where}: no reference in "answer", "final_answer" or "solution" (\\boxed)')
 
@@ -300,7 +303,7 @@ def difference(ours, theirs):
     """{share: (mean, standard error)} of the difference over common seeds; of a single one, over problems."""
     pairs = [(r, other) for r in ours for other in theirs      # a hub model has no seed
              if r["seed"] == other["seed"] or None in (r["seed"], other["seed"])]
-    out = {"seeds": [r["seed"] for r, _ in pairs]}
+    out = {"seeds": [other["seed"] if r["seed"] is None else r["seed"] for r, other in pairs]}
     for share in SHARES:
         out[share] = mean_and_error([r["mean"][share] - other["mean"][share] for r, other in pairs])
         if len(pairs) == 1:                                    # of an average: over each file's problems
@@ -424,30 +427,31 @@ def batch_gradient(gram, c_raw, beta, size=32, draws=1000):
 # ==== 6. The picture ========================================================================================
 
 def draw(path, rows):
-    """Four panels, means over the runs of a row: c_raw and w of the last row, gradient norms, accuracy."""
+    """Four panels, means over a row's runs: c_raw and w of the last with a log, gradient norms, accuracy."""
     with explained("--plot needs matplotlib: pip install matplotlib"):
         from matplotlib import figure, style                   # without pyplot, which looks for a window
     style.use(["tableau-colorblind10", {"font.size": 17, "lines.linewidth": 3, "legend.frameon": False}])
     picture = figure.Figure(figsize=(20, 12), layout="constrained")
     left, right, norms, bars = picture.subplots(2, 2).flat
     rows = [row for row in rows if row["data"] == rows[0]["data"]]
-    curves = {}                                                # (panel, name) -> {ten steps: their values}
+    logs = [(row["label"], Path(run, "log.jsonl")) for row in rows for run in row["runs"]]
+    logs = [(label, log) for label, log in logs if log.exists() and label != "base"]
+    last, curves = logs[-1][0] if logs else "", {}             # (panel, name) -> {ten steps: their values}
     add = lambda at, value, *name: curves.setdefault(name, {}).setdefault(at, []).append(value)
-    for row, log in ((row, Path(run, "log.jsonl")) for row in rows for run in row["runs"]):
-        for _, line in read_jsonl(log) if log.exists() and row["label"] != "base" else ():
-            at = (line["step"] - 1) // 10 * 10 + 5.5
-            add(at, line["grad_norm"], norms, row["label"])
-            for kind, means in line["kinds"].items() if row is rows[-1] else ():
-                add(at, means["c_raw"], left, kind)
-                add(at, means["w"], right, kind)
+    for label, line in ((label, line) for label, log in logs for _, line in read_jsonl(log)):
+        at = (line["step"] - 1) // 10 * 10 + 5.5
+        add(at, line["grad_norm"], norms, label)
+        for kind, means in line["kinds"].items() if label == last else ():
+            add(at, means["c_raw"], left, kind)
+            add(at, means["w"], right, kind)
     for (panel, name), values in curves.items():
-        panel.plot([*values], [*map(statistics.fmean, values.values())], label=name)
+        steps = sorted(values)                                 # a run may lack a kind for ten steps
+        panel.plot(steps, [statistics.fmean(values[at]) for at in steps], label=name)
     for side, share in zip((-0.2, 0.2), SHARES):
         heights, errors = ([100 * row[part][share] for row in rows] for part in ("mean", "standard_error"))
         bars.bar([i + side for i in range(len(rows))], heights, 0.4, yerr=errors, capsize=6,
                  label=share.replace("_at_", "@"))
     bars.set_xticks(range(len(rows)), [row["label"].replace(" ", "\n") for row in rows])
-    last = rows[-1]["label"] if rows else ""
     for panel, below, title in ((left, "step", f"{last}: c_raw by kind, nats per token"),
                                 (right, "step", f"{last}: w by kind"),
                                 (norms, "step", "gradient norm before clipping"),
@@ -509,8 +513,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[0-9]) ?\\text ?\{ ?([ap])\.?m\.? ?\}", r" \1.m."), (r"\\(?:text|mathrm) ?\{([eid])\}", r"\1 "),
     (rf"(?<=[0-9A-Za-z)}}\]])(?:[ /*]*{WORD}{POWER})+(?! ?(?:[\^\w(]|\\[a-z]))", ""), (WORD, r" \1 "),
     (rf"(?<=[0-9}}]) ?(?:[a-z]{{4,}}(?: [a-z]{{4,}})*|[ckm]m|kg){POWER}(?= *(?:$|[,.]))", ""),
-    (r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1 "),
     # Backslashes, braces and brackets that were left out; mixed numbers; \sin^2 x becomes \sin(x)^2
+    (r"\\(sin|cos|tan) ?\^ ?\{ ?-1 ?\}", r"\\arc\1 "),
     (rf"(?<![\\A-Za-z])(?:np\.)?(sqrt|pi|{NAMES}){END}", r"\\\1"),
     (r"\\sqrt ?([0-9]+|[a-z])", r"\\sqrt{\1}"), (r"\\sqrt ?(?:\[([^\[\]]*)\])? ?", r"\\root{\1}"),
     (r"\\frac ?([0-9a-zA-Z]|\\[a-z]+)", r"\\frac{\1}"), (rf"(\\frac ?{GROUP}) ?([0-9a-zA-Z])", r"\1{\2}"),
@@ -574,7 +578,7 @@ def _clean(text):
     if re.fullmatch(r"(?!\\?\{)[^,(\[]*(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])[^,(\[]*", text):
         text = text.replace(",", "")
     text = text.strip(" *:,").rstrip(" *:,.;")
-    words = r"\(?[A-D]\)?|(?i:no|[a-z'. -]*[a-z]{3}[a-z'. -]*)"  # or a choice; R - r is neither
+    words = r"\(?[A-D]\)?|(?i:no|[a-z'. -]*[a-z]{3}[a-z'. -]*)"  # or a choice; R-r, mg are not
     return text.casefold() if re.fullmatch(words, text) else text
 
 

@@ -1232,7 +1232,8 @@ def test_sample_gradients_are_those_of_a_direct_backward():
         assert_close(found[name], g @ g.T, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluated, capsys, tmp_path):
+def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluated, capsys, tmp_path,
+                                                                         monkeypatch):
     results, picture = tmp_path / "results.json", tmp_path / "new" / "picture.png"
     results.write_text('{"rows": 3}')
     found = judge(results, evaluated["flags"][0], "--gradients", "--limit", 33)
@@ -1242,6 +1243,17 @@ def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluat
     assert name.format("cadft") in capsys.readouterr().out and found["rows"] == 3
     pytest.importorskip("matplotlib")
     judge(results, *evaluated["flags"], "--limit", 2, "--plot", picture)
+    from matplotlib.axes import Axes
+    row = judge(results, *evaluated["flags"], "--limit", 2)["rows"][0]
+    for name, steps in ("a", (1, 21)), ("b", (1, 11, 21)):     # a has no such kind in steps 11 to 20
+        lines = [{"step": step, "grad_norm": 1, "kinds": {"x": {"c_raw": step, "w": 1}}} for step in steps]
+        (tmp_path / name).mkdir()
+        jsonl(tmp_path / name / "log.jsonl", lines)
+    paths = {"runs": [str(tmp_path / name) for name in "ab"]}
+    told, inner = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **more: told.append(args[1:]) or inner(*args, **more))
+    evaluate.draw(picture.with_name("b.png"), [row | paths, row | {"label": "hub", "runs": []}])
+    assert ([5.5, 15.5, 25.5], [1, 11, 21]) in told
     drawn = picture.read_bytes()
     evaluate.draw(picture, [])                                 # the trial at a start leaves it alone
     assert drawn == picture.read_bytes() and drawn.startswith(b"\x89PNG")
