@@ -1242,9 +1242,8 @@ def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluat
     assert 0 < numbers[name.format("cadft")] < numbers[name.format("dft")]
     assert name.format("cadft") in capsys.readouterr().out and found["rows"] == 3
     pytest.importorskip("matplotlib")
-    judge(results, *evaluated["flags"], "--limit", 2, "--plot", picture)
     from matplotlib.axes import Axes
-    row = judge(results, *evaluated["flags"], "--limit", 2)["rows"][0]
+    row = judge(results, *evaluated["flags"], "--limit", 2, "--plot", picture)["rows"][0]
     for name, steps in ("a", (1, 21)), ("b", (1, 11, 21)):     # a has no such kind in steps 11 to 20
         lines = [{"step": step, "grad_norm": 1, "kinds": {"x": {"c_raw": step, "w": 1}}} for step in steps]
         (tmp_path / name).mkdir()
