@@ -7,8 +7,9 @@
     w = exp(-beta max(0, c_hat))                compatibility_weight    Compatibility-Aware Objective
     L_SFT, L_DFT (and focal, for contrast)      sft_loss, dft_loss      DFT, the token-level objective
     L_CADFT = 1/|B| sum_i w_i L_DFT,i           cadft_loss              Compatibility-Aware Objective
+    t >= T_warm, (t - T_warm) mod K = 0         rewriting_due           Delayed Compatibility-Guided Rewriting
     moving average of c_hat                     CompatibilityEMA        Delayed Compatibility-Guided Rewriting
-    y_hat ~ pi(. | x), top-p 0.9, T 0.7         nucleus_rewrite         Delayed Compatibility-Guided Rewriting
+    y_hat ~ pi(. | x), top-p 0.9, T 0.7         nucleus_sample          Delayed Compatibility-Guided Rewriting
 
 Dimensions: B rows on this rank, G rows in the global batch |B|, T tokens, R response tokens of a micro-batch,
 H hidden size, V vocabulary, N examples of the data set. "Paper silent" marks a choice that is ours.
@@ -32,7 +33,7 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
     attention_mask  [B, T], or None when padding stands on the right only: causal attention never sees it
     labels          [B, T] the response's token ids, IGNORE elsewhere
     chunk           response tokens whose logits, chunk x V, exist at one time (in the backward pass too);
-                    those of all tokens where plain_head is False
+                    those of all tokens where has_plain_head is False
     more            what else the model's forward takes: pixel_values, image_grid_thw, mm_token_type_ids, ...
 
     Returns nll [B, T-1], in nats, 0 outside the response, at least float32; and mask [B, T-1], True on the
@@ -41,13 +42,15 @@ def token_nll(lm, input_ids, attention_mask, labels, chunk=512, **more):
     targets = labels[:, 1:]                                                     # [B, T-1]
     mask = targets != IGNORE                                                    # [B, T-1]
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
-    if plain_head(lm):
-        features, head = lm.base_model(**inputs).last_hidden_state, lm.get_output_embeddings()  # [B, T, H]
-    else:                       # the model alters its logits after the projection: take its own, whole
-        features, head = lm(**inputs).logits, torch.nn.Identity()               # [B, T, V]
-    features, targets = features[:, :-1][mask], targets[mask]                   # [R, H] or [R, V], [R]
+    if has_plain_head(lm):
+        features = lm.base_model(**inputs).last_hidden_state                    # [B, T, H]
+        head = lm.get_output_embeddings()
+    else:                                   # the model alters its logits: take its own, whole
+        features = lm(**inputs).logits                                          # [B, T, V]
+        head = torch.nn.Identity()
+    features = features[:, :-1][mask]                                           # [R, H] or [R, V]
     parts = [checkpoint(_cross_entropy, head, f, y, use_reentrant=False, preserve_rng_state=False)
-             for f, y in zip(features.split(chunk), targets.split(chunk))]      # each [chunk] or less
+             for f, y in zip(features.split(chunk), targets[mask].split(chunk))]
     nll = torch.cat(parts)                                                      # [R]
     return nll.new_zeros(mask.shape).masked_scatter(mask, nll), mask
 
@@ -58,39 +61,31 @@ def _cross_entropy(head, features, targets):
     return cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
 
 
-_PLAIN = weakref.WeakKeyDictionary()  # model -> answer of plain_head, found once
-
+_ANSWERS = weakref.WeakKeyDictionary()      # model -> answer of has_plain_head, found once
 
 @torch.no_grad()
-def plain_head(lm):
-    """True when the model's logits are its output embedding times its last hidden state, and nothing else.
+def has_plain_head(lm):
+    """Are the model's logits its output embedding times its last hidden state, and nothing else?
 
     Soft-capping (Gemma 2) and logit scales (Cohere, Granite) are read from the config, since small logits can
-    hide them; anything else shows when logits of short sequences are computed both ways. Raises ValueError
-    for models that are not causal (BERT) or ignore their attention mask (RWKV): nothing here would be right.
+    hide them; else the logits of a short sequence are computed both ways. Returns a bool.
     """
-    if lm not in _PLAIN:
-        config = lm.config.get_text_config()
+    if lm not in _ANSWERS:
+        config, device = lm.config.get_text_config(), lm.get_input_embeddings().weight.device
         settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"
         altered = any(getattr(config, name, None) not in (None, 1.0) for name in settings)
-        was_training, device = lm.training, lm.get_input_embeddings().weight.device
-        ids = (torch.arange(8, device=device) % config.vocab_size).repeat(3, 1)  # [3, 8]
-        seen = torch.ones_like(ids)
-        ids[1, -1], seen[2, 0] = 1, 0           # row 1 ends otherwise, row 2 does not see its first token
-        inputs = dict(input_ids=ids, attention_mask=seen, use_cache=False)
+        if altered or lm.base_model is lm:      # Llama 4 does not name its part without a head
+            return False
+        ids = torch.arange(8, device=device)[None] % config.vocab_size          # [1, 8]
+        was_training = lm.training
         lm.eval()
         with torch.autocast(device.type, enabled=False):
-            own = lm(**inputs).logits                                            # [3, 8, V]
-            ours = lm.get_output_embeddings()(lm.base_model(**inputs).last_hidden_state)
+            own = lm(input_ids=ids, use_cache=False).logits                     # [1, 8, V]
+            ours = lm.get_output_embeddings()(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         lm.train(was_training)
-        close = 8 * torch.finfo(own.dtype).eps * own[:2].abs().max()
-        if (own[0, :-1] - own[1, :-1]).abs().max() > close:
-            raise ValueError("not a causal language model: its logits depend on later tokens")
-        if torch.equal(own[0, -1], own[2, -1]):
-            raise ValueError("this model ignores its attention mask: padding would change its answers")
-        same = own.shape == ours.shape and bool((own - ours)[:2].abs().max() <= close)
-        _PLAIN[lm] = same and not altered
-    return _PLAIN[lm]
+        close = 8 * torch.finfo(own.dtype).eps * own.abs().max()
+        _ANSWERS[lm] = own.shape == ours.shape and bool((own - ours).abs().max() <= close)
+    return _ANSWERS[lm]
 
 
 # ---- Dynamic Compatibility Evaluation ---------------------------------------------------------------------
@@ -98,9 +93,8 @@ def plain_head(lm):
 def compatibility(nll, mask):
     """c_raw = 1/|y| sum_t -log p_t. Lower is more compatible.
 
-    nll, mask  [B, T-1] from token_nll
-    Returns c_raw [B], nats per token, detached. Raises ValueError naming rows without a response token.
-    Section: Dynamic Compatibility Evaluation.
+    nll, mask  [B, T-1] from token_nll. Returns c_raw [B], nats per token, detached. Raises ValueError naming
+    rows without a response token. Section: Dynamic Compatibility Evaluation.
     """
     return _response_mean(nll.detach(), mask)
 
@@ -110,25 +104,24 @@ def batch_zscore(c_raw, eps=1e-6):
 
     c_raw  [B] of this rank, all its micro-batches together. Where a torch.distributed process group exists,
            the scores of all ranks are gathered: the result does not depend on how the batch is sharded.
-    Returns c_hat [B], no unit, detached. Equal scores, a batch of one among them, give exactly 0. Raises
-    ValueError when ranks hold different numbers of rows. Section: Dynamic Compatibility Evaluation.
+    Returns c_hat [B], no unit, detached. Computed in float64, so that equal float32 scores, a batch of one
+    among them, give exactly 0. Raises ValueError when ranks hold different numbers of rows.
+    Section: Dynamic Compatibility Evaluation.
     """
     own = c_raw.detach()                                                        # [B]
     counts = gather(torch.full((1,), len(own), device=own.device)).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"every rank must hold the same number of rows of the global batch, got {counts}")
-    scores, own = gather(own).cpu().double(), own.cpu().double()    # [G], [B]; Apple's GPUs have no float64
-    low = scores.min()          # the shift changes nothing but rounding, which could be of the size of eps
-    mu = (scores - low).mean()
-    sigma = (scores - low).std(correction=0)                                    # paper silent: population
-    return ((own - low - mu) / (sigma + eps)).to(c_raw)
+    scores = gather(own).cpu().double()                             # [G]; Apple's GPUs have no float64
+    mu = scores.mean()
+    sigma = scores.std(correction=0)                                            # paper silent: population
+    return ((own.cpu().double() - mu) / (sigma + eps)).to(c_raw)
 
 
 def compatibility_weight(c_hat, beta=1.0):
     """w = exp(-beta max(0, c_hat)): 1 for samples no worse than the batch mean, less the worse they are.
 
-    c_hat  [B] from batch_zscore
-    beta   >= 0; 0 gives w = 1 for all: the loss of DFT exactly
+    c_hat  [B] from batch_zscore; beta >= 0: 0 gives w = 1 for all, the loss of DFT exactly
     Returns w [B] in [0, 1], detached. Raises ValueError for a beta out of range.
     Section: Compatibility-Aware Objective.
     """
@@ -177,36 +170,38 @@ def cadft_loss(loss, w):
 
     loss  [B] this rank's dft_loss (or another), with gradient; equal B on all ranks, as batch_zscore checks
     w     [B] their weights from compatibility_weight
-    Returns a scalar with gradient: this rank's sum times world size / |B|, so that the average that
-    DistributedDataParallel takes over ranks is the gradient of L_CADFT. w = 1 (beta = 0) is DFT exactly.
+    Returns a scalar with gradient: the mean over this rank's rows. DistributedDataParallel averages over
+    ranks, which hold equal shares: the gradient of L_CADFT. w = 1 is DFT.
     Section: Compatibility-Aware Objective.
     """
-    G = _world_size() * len(loss)                                               # |B|
-    return _world_size() * (w.detach() * loss).sum() / G
-
-
-def _world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (w.detach() * loss).mean()
 
 
 def gather(x):
     """The rows of all ranks, equally many of each, [B, ...] -> [G, ...]; without a process group x."""
-    if _world_size() == 1:
+    if not dist.is_available() or not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(_world_size())]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
 # ---- Delayed Compatibility-Guided Rewriting ---------------------------------------------------------------
 
+def rewriting_due(t, T_warm=3000, K=1000):
+    """Does a round of rewriting follow optimizer step t, counted from 1? K = 0: never. Returns a bool.
+
+    Paper silent: what a step is, when "every K" starts. Section: Delayed Compatibility-Guided Rewriting.
+    """
+    return K > 0 and t >= T_warm and (t - T_warm) % K == 0
+
+
 class CompatibilityEMA(torch.nn.Module):
     """m <- decay m + (1 - decay) c_hat for each of N examples, started at the first c_hat.
 
-    Paper silent: coefficient and start value. Examples are seen a few times only, so decay is 0.5: 0.9 would
-    leave four fifths of the weight on the first value after two more visits. decay = 0 keeps the last value.
-    A module, so that state_dict() holds its two buffers. Raises ValueError for a decay out of range.
-    Section: Delayed Compatibility-Guided Rewriting.
+    Paper silent: coefficient and start value. Examples are seen a few times only, so 0.9 would leave four
+    fifths of the weight on the first value after two more visits. decay = 0 keeps the last value. A module,
+    so it has a state_dict(). Raises ValueError. Section: Delayed Compatibility-Guided Rewriting.
     """
 
     def __init__(self, n, decay=0.5):
@@ -241,8 +236,7 @@ class CompatibilityEMA(torch.nn.Module):
 
 
 @torch.no_grad()
-def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temperature=0.7, seed=0,
-                    **more):
+def nucleus_sample(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temperature=0.7, seed=0, **more):
     """y_hat ~ pi(. | x), one for each prompt, by nucleus sampling and with nothing else in force.
 
     prompts         B lists of token ids
@@ -254,13 +248,14 @@ def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, tem
     Returns B lists of token ids without the prompt. What ended ends with a token of eos_ids; the rest was cut
     off. Section: Delayed Compatibility-Guided Rewriting.
     """
-    from transformers import GenerationConfig    # only sampling needs it
-    width, device = max(map(len, prompts)), lm.get_input_embeddings().weight.device
+    from transformers import GenerationConfig       # only sampling needs it
+    device, width = lm.get_input_embeddings().weight.device, max(map(len, prompts))
     left = [[pad_id] * (width - len(p)) + list(p) for p in prompts]
     seen = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     nucleus = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)   # unless told, top_k is 50
     only = GenerationConfig(**(nucleus if temperature > 0 else dict(do_sample=False)), use_cache=True,
                             max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id)
+    inputs = only.update(**more)                    # what is no setting of generate is an input of the model
     was_training, its_own = lm.training, lm.generation_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -269,9 +264,12 @@ def nucleus_rewrite(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, tem
             lm.generation_config = only
             out = lm.eval().generate(torch.tensor(left, device=device), generation_config=only,
                                      attention_mask=torch.tensor(seen, device=device), synced_gpus=False,
-                                     **only.update(**more))    # what is no setting; [B, width + new]
+                                     **inputs)                                  # [B, width + new]
         finally:
             lm.generation_config = its_own
             lm.train(was_training)
-    until = lambda row: next((i for i, token in enumerate(row, 1) if token in eos_ids), len(row))
-    return [row[:until(row)] for row in out[:, width:].tolist()]
+    new = []
+    for row in out[:, width:].tolist():
+        ends = [i for i, token in enumerate(row) if token in eos_ids]
+        new.append(row[:ends[0] + 1] if ends else row)
+    return new

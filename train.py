@@ -6,32 +6,26 @@
 
 Where this loop departs from the textbook:
  1. A step is one forward of all micro-batches, graphs kept, then one backward: c_hat needs every score of the
-    global batch before the first gradient, and this way the model runs only once, and exactly.
+    global batch before the first gradient. --two-pass scores first and then trains, in less memory.
  2. All methods take the same path; they differ in the token loss and in beta (0: no weighting).
- 3. A step's data and random numbers depend on (seed, step) alone: not on the number of ranks, the size of the
-    micro-batches, or what went before. So a resumed run is the uninterrupted one.
+ 3. A step's data and random numbers depend on (seed, step) alone: not on ranks, micro-batches or the past.
  4. Weights are float32; bfloat16 is autocast over them. Dropout is off: it would depend on the sharding.
- 5. A mistake in the input ends in one line where it is found (`refuse`, `explained`); `guarded` says it once.
+ 5. A mistake in the input raises Mistake where it is found; `program` prints it as one line.
 """
 import argparse
-import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import random
-import signal
 import sys
-import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
-from itertools import dropwhile, islice
 from pathlib import Path
 
-for setting in "THP_MEM_ALLOC_ENABLE=1", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=10000":
-    os.environ.setdefault(*setting.split("="))     # read as torch loads: large pages, threads that yield
 import torch
 import torch.distributed as dist
 import transformers
@@ -43,63 +37,26 @@ import cadft
 # method: token loss, and whether samples are weighted and rewritten
 METHODS = {"sft": (cadft.sft_loss, False), "focal": (cadft.focal_loss, False), "dft": (cadft.dft_loss, False),
            "casft": (cadft.sft_loss, True), "cadft": (cadft.dft_loss, True)}
-KINDS = ["wrong", "cipher", "terse", "junk"]           # of the classroom's incompatible demonstrations
-MANY = 10 ** 12
-# flag, value for your own model (the paper's), the classroom's, allowed (an interval or choices), help
-FLAGS = [
-    ("model", "", "", None, "a Hugging Face folder or hub name; with --data"),
-    ("data", "", "", None, "a JSONL file; with --model"),
-    ("out", "", "", None, "output folder (out/<method>-seed<seed>)"),
-    ("method", "cadft", "cadft", METHODS, "token loss and weighting"),
-    ("resume", False, False, None, "go on from the checkpoint in --out, if there is one"),
-    ("prompt-field", "prompt", "prompt", None, "JSONL field of the prompt"),
-    ("response-field", "response", "response", None, "JSONL field of the response"),
-    ("prompt-template", "{prompt}", "{prompt}", None, 'wraps each prompt: "{prompt} Reason step by step."'),
-    ("dtype", "", "", ["float32", "bfloat16", "float64"], "(bfloat16 with --model on CUDA, else float32)"),
-    ("gradient-checkpointing", True, False, None, "recompute activations in the backward pass"),
-    ("beta", 1.0, 1.0, (0.0, 1e9), "w = exp(-beta max(0, c_hat)); 0: all weights are 1"),
-    ("eps", 1e-6, 1e-6, (1e-30, 1e9), "added to the standard deviation of the z-score"),
-    ("ema-decay", 0.5, 0.5, (0.0, 0.9999), "of the moving average of c_hat (paper silent)"),
-    ("rewrite-after", 3000, 60, (0, MANY), "T_warm: no rewriting before this step"),
-    ("rewrite-every", 1000, 6, (0, MANY), "K: steps between rewriting rounds; 0: no rewriting"),
-    ("rewrite-fraction", 0.005, 0.005, (1e-9, 1.0), "share of the data set that a round may pick"),
-    ("rewrite-prob", 0.5, 0.5, (0.0, 1.0), "probability that a picked example is rewritten"),
-    ("rewrite-top-p", 0.9, 0.9, (0.001, 1.0), "nucleus of a rewrite"),
-    ("rewrite-temperature", 0.7, 0.7, (0.001, 1000.0), "temperature of a rewrite"),
-    ("rewrite-max-tokens", 2048, 96, (1, MANY), "length limit of a rewrite (paper silent)"),
-    ("steps", 0, 300, (0, MANY), "optimizer steps; 0: as many as --epochs makes"),
-    ("epochs", 1, 1, (1, MANY), "instead of --steps: passes over the data"),
-    ("batch-size", 256, 32, (1, MANY), "|B|: the effective global batch, of all ranks together"),
-    ("micro-batch-tokens", 16384, 8192, (1, MANY), "padded tokens of one forward; changes no result"),
-    ("max-length", 2048, 128, (2, MANY), "tokens of prompt and response; longer responses are cut"),
-    ("lr", 5e-5, 1e-4, (1e-30, 1e38), "peak learning rate"),
-    ("warmup-ratio", 0.1, 0.1, (0.0, 1.0), "share of the steps that warm up; then a cosine towards 0"),
-    ("weight-decay", 0.01, 0.0, (0.0, 1e9), "of AdamW"),
-    ("clip", 1.0, 1.0, (1e-30, math.inf), "largest gradient norm"),
-    ("seed", 0, 0, (0, 10 ** 9), "decides order, rewrites, and everything in the classroom"),
-    ("save-every", 500, 100, (1, MANY), "steps between checkpoints"),
-    ("classroom-size", None, 640, (1, 100_000), "demonstrations in the classroom"),
-    ("classroom-digits", None, 3, (2, 6), "digits of the numbers to add; the base model knows 1 to 3"),
-    ("incompatible", None, 0.4, (0.0, 1.0), "share of incompatible demonstrations in the classroom"),
-    ("carries", None, 0, (0, 6), "incompatible demonstrations fall on sums with so many carries or more"),
-    ("kinds", None, KINDS, KINDS, "of incompatible demonstrations"),
-]
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
-FREE = {"out", "data", "resume", "save_every", "micro_batch_tokens", "gradient_checkpointing"}
+MAY_DIFFER = {"out", "data", "resume", "save_every", "micro_batch_tokens", "two_pass",
+              "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
-PLACES = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-TORCHRUN = os.environ.keys() >= {*PLACES, "MASTER_ADDR", "MASTER_PORT"}
-RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in PLACES) if TORCHRUN else (0, 0, 1)
+TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
-say = partial(print, sep="\n", flush=True) if RANK == 0 else lambda *lines: None
+
+
+class Mistake(ValueError):
+    """Something in the input is wrong; the message says what, where, and what to do."""
 
 
 @dataclass(slots=True)
 class Example:
-    """One demonstration as token ids. The response ends with end-of-sequence, unless it was cut."""
-    index: int
+    """One demonstration as token ids."""
+    index: int                  # its number among the examples
+    line: int                   # its line in the data file
     prompt_ids: torch.Tensor    # [tokens], int32
-    response_ids: torch.Tensor  # [|y|], int32
+    response_ids: torch.Tensor  # [|y|], int32; ends with end-of-sequence, unless it was cut
     kind: str | None = None     # a label for logs and tables; training never looks at it
 
     def __len__(self):
@@ -120,7 +77,6 @@ class Run:
     seconds: float = 0.0
     rewrites: dict = field(default_factory=dict)    # index -> the response ids that replaced the original's
     logs: dict = field(default_factory=lambda: {"log.jsonl": [], "rewrites.jsonl": []})     # what is in them
-    signal: int = 0             # the number of the one that asks the run to stop
 
 
 # ==== 1. The loop ===========================================================================================
@@ -128,67 +84,80 @@ class Run:
 def train_step(run, net, batches):
     """One optimizer step on this rank's micro-batches: the algorithm, whole.
 
-    Returns columns {name: [G]} about the global batch, float64 on the CPU, the same on every rank.
+    Returns columns {name: [G]} about the global batch, on the CPU, the same on every rank; and grad_norm.
     """
-    a, outputs = run.args, []
-    for batch in batches:                           # DDP prepares its one reduction in the last forward
-        net.require_backward_grad_sync = batch is batches[-1]
-        outputs.append(net(batch["input_ids"], batch["labels"]))               # nll, mask: [rows, T-1]
-    per_sample = lambda score: torch.cat([score(nll, mask) for nll, mask in outputs])
+    a = run.args
     token_loss, weighted = METHODS[a.method]
-
-    c_raw = per_sample(cadft.compatibility)                                    # [B]
-    c_hat = cadft.batch_zscore(c_raw, a.eps)                                   # [B]
-    w = cadft.compatibility_weight(c_hat, a.beta if weighted else 0.0)         # [B]
-    loss = per_sample(token_loss)                                              # [B]
-    cadft.cadft_loss(loss, w).backward()
+    with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
+        outputs = forward(net, batches)
+    c_raw = per_sample(cadft.compatibility, outputs)                            # [B]
+    c_hat = cadft.batch_zscore(c_raw, a.eps)                                    # [B]
+    w = cadft.compatibility_weight(c_hat, a.beta if weighted else 0.0)          # [B]
+    loss = per_sample(token_loss, outputs)                                      # [B]
+    if a.two_pass:
+        parts = w.split([len(batch["index"]) for batch in batches])             # [rows] each
+        for part, (nll, mask) in zip(parts, forward(net, batches)):
+            (cadft.cadft_loss(token_loss(nll, mask), part) * len(part) / len(w)).backward()
+    else:
+        cadft.cadft_loss(loss, w).backward()
 
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), a.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
     columns = {"index": torch.cat([batch["index"] for batch in batches]), "c_raw": c_raw, "c_hat": c_hat,
-               "w": w, "loss": loss, "dft": per_sample(cadft.dft_loss), "grad_norm": grad_norm,
-               "memory": torch.tensor(peak_memory()), "signal": torch.tensor(run.signal)}
-    rows = [x.detach().to(c_raw.device, torch.float64).expand(len(c_raw)) for x in columns.values()]
-    return dict(zip(columns, cadft.gather(torch.stack(rows, dim=1)).cpu().T))
+               "w": w, "loss": loss.detach(), "dft": per_sample(cadft.dft_loss, outputs).detach()}
+    table = {name: cadft.gather(column).cpu() for name, column in columns.items()}
+    return table | {"grad_norm": grad_norm.item()}
+
+
+def forward(net, batches):
+    """nll, mask [rows, T-1] of each micro-batch."""
+    outputs = []
+    for batch in batches:
+        net.require_backward_grad_sync = batch is batches[-1]       # DDP reduces once, after the last
+        outputs.append(net(batch["input_ids"], batch["labels"]))
+    return outputs
+
+
+def per_sample(score, outputs):
+    """A score of each sample of all micro-batches, [B]."""
+    return torch.cat([score(nll, mask) for nll, mask in outputs])
 
 
 def train(run, until=lambda run: False):
-    """The loop over steps: train, average, log, rewrite, save. Returns 0, or 128 + the signal it obeyed."""
-    a, began = run.args, time.perf_counter() - run.seconds
-    done, stopped = run.step == a.steps, 0
+    """The loop over steps: train, average, log, rewrite, save; up to --steps, or as far as `until` says."""
+    a = run.args
+    rank, world = rank_and_world()
     net = ResponseNLL(run.lm, a.dtype == "bfloat16")
     if dist.is_initialized():
         net = torch.nn.parallel.DistributedDataParallel(
             net, [DEVICE] if CUDA else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    note_signals(run)
-    bar = tqdm(total=a.steps, initial=run.step, desc=Path(a.out).name, unit="step", disable=RANK > 0 or None)
-    while not done and not stopped:
-        run.step, start = run.step + 1, time.perf_counter()
-        torch.manual_seed(key(a.seed, run.step))        # should the model draw anything (a noisy router)
+    bar = tqdm(total=a.steps, initial=run.step, desc=Path(a.out).name, unit="step", disable=rank > 0 or None)
+    began = time.perf_counter() - run.seconds
+    done = run.step == a.steps
+    while not done:
+        run.step += 1
+        start = time.perf_counter()
+        torch.manual_seed(seed_for(a.seed, run.step))           # should the model draw anything (a router)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, a)
-        table = train_step(run, net, [collate(rows) for rows in share(run, *joined())])
-        bad = sorted(table["index"][~table["loss"].isfinite()].int().tolist())
-        refuse(bad or not table["grad_norm"].isfinite().all(),
-               f"loss or gradient is not finite at step {run.step}, examples {bad[:8] or 'all'}: look at "
-               f"these, or try a lower --lr; the last checkpoint is untouched")
-        run.tracker.update(table["index"].long(), table["c_hat"])
+        table = train_step(run, net, [collate(rows) for rows in share(run, rank, world)])
+        bad = sorted(run.examples[i].line for i in table["index"][~table["loss"].isfinite()].tolist())
+        if bad or not math.isfinite(table["grad_norm"]):
+            raise Mistake(f"loss or gradient is not finite at step {run.step}, lines {bad[:8] or 'all'}: "
+                          f"look at these, or try a lower --lr; the last checkpoint is untouched")
+        run.tracker.update(table["index"], table["c_hat"])
         run.seconds = time.perf_counter() - began
         row = log_row(run, table, time.perf_counter() - start)
         append(run, "log.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
-        if run.step in rewriting_steps(run):
+        if METHODS[a.method][1] and cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
             rewrite(run)
         done = run.step == a.steps or until(run)
-        stopped = int(table["signal"].max()) * (not done)       # of any rank: all stop after the same step
-        if RANK == 0 and (done or stopped or run.step % a.save_every == 0):
+        if done or run.step % a.save_every == 0:
             save(run)
     bar.close()
-    if stopped:
-        say(f"stopped by signal {stopped} after step {run.step}; --resume goes on from there")
-    return 128 + stopped if stopped else 0
 
 
 class ResponseNLL(torch.nn.Module):
@@ -213,15 +182,19 @@ def learning_rate(step, a):
 
 def share(run, rank, world):
     """One rank's micro-batches of a step, as lists of examples; every rank has as many, of like lengths."""
-    a, (epoch, position) = run.args, divmod(run.step - 1, run.per_epoch)
-    generator = torch.Generator().manual_seed(key(a.seed, "epoch", epoch))
+    a = run.args
+    epoch, position = divmod(run.step - 1, run.per_epoch)
+    generator = torch.Generator().manual_seed(seed_for(a.seed, "epoch", epoch))
     order = torch.randperm(len(run.examples), generator=generator)[position * a.batch_size:][:a.batch_size]
-    rows, batches = sorted((run.examples[i] for i in order.tolist()), key=len, reverse=True), []
-    for deal in (rows[i:i + world] for i in range(0, len(rows), world)):        # to each rank one, like cards
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][0]) > a.micro_batch_tokens:
-            batches.append([])                      # its first deal's first row, the longest, sets its width
-        batches[-1].append(deal)
-    return [[deal[rank] for deal in batch] for batch in batches]
+    rows = sorted([run.examples[i] for i in order.tolist()], key=len, reverse=True)
+    batches, width = [], 0
+    for i in range(0, len(rows), world):
+        deal = rows[i:i + world]                                # to each rank one, like cards
+        if not batches or (len(batches[-1]) + 1) * width > a.micro_batch_tokens:
+            batches.append([])
+            width = len(deal[0])                                # the longest row that any rank has in it
+        batches[-1].append(deal[rank])
+    return batches
 
 
 def collate(rows):
@@ -235,298 +208,409 @@ def collate(rows):
 
 def log_row(run, table, elapsed):
     """One line of log.jsonl: numbers of the global batch. nll is per token, c_mean per sample."""
-    w, c_raw = table["w"], table["c_raw"]
-    examples = [run.examples[i] for i in table["index"].int().tolist()]
+    w, c_raw = table["w"].double(), table["c_raw"].double()                     # [G]
+    examples = [run.examples[i] for i in table["index"].tolist()]
     length = torch.tensor([len(e.response_ids) for e in examples])             # [G] |y|
-    kind_of = [e.kind and ("rewritten" if e.index in run.rewrites else e.kind) for e in examples]
-    kinds = {kind: torch.tensor([k == kind for k in kind_of]) for kind in sorted({*kind_of} - {None, ""})}
-    means = lambda at: {name: table[name][at].mean().item() for name in ("c_raw", "c_hat", "w")}
-    return {"step": run.step, "epoch": (run.step - 1) // run.per_epoch + 1, "seconds": run.seconds,
-            "lr": learning_rate(run.step, run.args), "loss": (w * table["loss"]).mean().item(),
-            "nll": ((c_raw * length).sum() / length.sum()).item(), "dft": table["dft"].mean().item(),
-            "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(), "w_mean": w.mean().item(),
-            "w_min": w.min().item(), "down_weighted": (w < 1).double().mean().item(),
-            "grad_norm": table["grad_norm"][0].item(), "tokens_per_second": sum(map(len, examples)) / elapsed,
-            "peak_memory": int(table["memory"].max()), "rewritten": len(run.rewrites),
-            "kinds": {kind: {"n": int(at.sum())} | means(at) for kind, at in kinds.items()}}
+    row = {"step": run.step, "epoch": (run.step - 1) // run.per_epoch + 1, "seconds": run.seconds,
+           "lr": learning_rate(run.step, run.args), "loss": (w * table["loss"]).mean().item(),
+           "nll": ((c_raw * length).sum() / length.sum()).item(), "dft": table["dft"].double().mean().item(),
+           "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(), "w_mean": w.mean().item(),
+           "w_min": w.min().item(), "down_weighted": (w < 1).double().mean().item(),
+           "grad_norm": table["grad_norm"], "tokens_per_second": sum(map(len, examples)) / elapsed,
+           "rewritten": len(run.rewrites), "kinds": {}}
+    if CUDA:
+        row["peak_memory"] = torch.cuda.max_memory_allocated()      # bytes, of rank 0
+    kind_of = ["rewritten" if e.kind and e.index in run.rewrites else e.kind for e in examples]
+    for kind in sorted({*kind_of} - {None}):
+        at = [i for i, other in enumerate(kind_of) if other == kind]
+        means = {name: table[name][at].mean().item() for name in ("c_raw", "c_hat", "w")}
+        row["kinds"][kind] = {"n": len(at)} | means
+    return row
 
 
 # ==== 2. Rewriting ==========================================================================================
 
-def rewriting_steps(run):
-    """The steps t that a round follows: t >= T_warm, (t - T_warm) mod K = 0 (paper silent: where K starts),
-    and after the first epoch, in which nothing is seen twice."""
-    first, every = run.args.rewrite_after, run.args.rewrite_every
-    if not METHODS[run.args.method][1] or not every:
-        return range(0)
-    return range(first, run.args.steps + 1, every)[math.ceil(max(0, run.per_epoch + 1 - first) / every):]
-
-
 def rewrite(run, chunk=64):
     """One round: pick, toss, sample, write back, record. Chunks and their seeds don't depend on the ranks."""
-    a, stops = run.args, eos_ids(run.lm, run.tokenizer)
-    text = lambda ids: run.tokenizer.decode(ids, skip_special_tokens=True)
+    a, stops = run.args, run.lm.generation_config.eos_token_id
+    rank, world = rank_and_world()
     picked = run.tracker.pick(a.rewrite_fraction)
-    drawn = [i for i in picked if random.Random(key(a.seed, run.step, i)).random() < a.rewrite_prob]
+    drawn = [i for i in picked if random.Random(seed_for(a.seed, run.step, i)).random() < a.rewrite_prob]
     drawn.sort(key=lambda i: (len(run.examples[i].prompt_ids), i))
-    (rank, world), new, rows = joined(), {}, []
+    mine = {}                                                   # index -> ids sampled by this rank
     for start in range(rank * chunk, len(drawn), world * chunk):
-        some = drawn[start:start + chunk]
-        prompts = [run.examples[i].prompt_ids.tolist() for i in some]
+        indices = drawn[start:start + chunk]
+        prompts = [run.examples[i].prompt_ids.tolist() for i in indices]
         room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))      # the longest prompt's
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
-            new |= zip(some, cadft.nucleus_rewrite(
+            samples = cadft.nucleus_sample(
                 run.lm, prompts, stops, stops[0], room, top_p=a.rewrite_top_p,
-                temperature=a.rewrite_temperature, seed=key(a.seed, run.step, "chunk", start // chunk)))
-    new = {i: ids for part in gather_objects(new) for i, ids in part.items()}
-    for i in picked:
-        e, ids = run.examples[i], new.get(i)
-        kept = ("not drawn" if ids is None else "cut off" if ids[-1] not in stops else
-                "empty" if not text(ids).strip() else None)
-        rows.append({"step": run.step, "index": i, "kind": e.kind, "average": run.tracker.mean[i].item(),
-                     "prompt": text(e.prompt_ids), "old": text(e.response_ids),
-                     "kept" if kept else "new": kept or text(ids)})
-        if not kept:
-            run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
-            run.tracker.forget(i)
-    append(run, "rewrites.jsonl", rows)
+                temperature=a.rewrite_temperature, seed=seed_for(a.seed, run.step, "chunk", start // chunk))
+        mine.update(zip(indices, samples))
+    new = {}
+    for part in gather_objects(mine):
+        new.update(part)
+    append(run, "rewrites.jsonl", [write_back(run, i, new.get(i)) for i in picked])
+
+
+def write_back(run, i, ids):
+    """Put a rewrite into the data set, if there is one and it is whole. Returns its row of rewrites.jsonl."""
+    e, tokenizer = run.examples[i], run.tokenizer
+    prompt, old = e.prompt_ids.tolist(), e.response_ids.tolist()
+    row = {"step": run.step, "line": e.line, "kind": e.kind, "average": run.tracker.mean[i].item(),
+           "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+           "old": response_text(tokenizer, prompt, old)}
+    if ids is None:
+        return row | {"kept": "not drawn"}
+    if ids[-1] not in run.lm.generation_config.eos_token_id:    # paper silent: these two keep the original
+        return row | {"kept": "cut off"}
+    if not tokenizer.decode(ids, skip_special_tokens=True).strip():
+        return row | {"kept": "empty"}
+    e.response_ids = torch.tensor(ids, dtype=torch.int32)
+    run.rewrites[i] = e.response_ids
+    run.tracker.forget(i)
+    return row | {"new": response_text(tokenizer, prompt, ids)}
 
 
 # ==== 3. Data ===============================================================================================
 
 def load_examples(a, tokenizer, rows=None):
-    """Examples of the JSONL file, or of `rows` like its. What is cut or dropped for --max-length is told."""
-    examples, cut, dropped = [], 0, 0
-    rows = rows or (read_jsonl(a.data) if a.data else classroom_rows(a))
-    while some := list(islice(rows, 1000)):                     # tokenizers are fast on many texts at once
-        turns, responses = zip(*(dialogue(row, a, where) for where, row in some))
-        prompts = encode_prompts(tokenizer, turns, [where for where, _ in some])
-        answers = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        for (where, row), prompt, answer in zip(some, prompts, answers):
-            refuse(not (prompt and answer), f"{where}: there is no token; is it the model's own tokenizer?")
-            answer = answer if answer[-1] == tokenizer.eos_token_id else [*answer, tokenizer.eos_token_id]
-            kept = answer[:max(0, a.max_length - len(prompt))]
-            dropped, cut = dropped + (not kept), cut + (0 < len(kept) < len(answer))
-            if kept:
-                prompt, kept = (torch.tensor(ids, dtype=torch.int32) for ids in (prompt, kept))
-                kind = None if row.get("kind") is None else str(row["kind"])
-                examples.append(Example(len(examples), prompt, kept, kind))
-    if cut or dropped:
-        say(f"{cut:,} responses cut at {a.max_length} tokens, {dropped:,} prompts left no room for one")
-    return examples or sys.exit(f"{a.data or 'the classroom'}: no usable row")
+    """(examples, ids that end their responses) of the file a.data, or of rows (line, object).
+
+    Says what was cut, dropped, never used, or changed by its tokens. Mistakes name the line.
+    """
+    source = a.data or "the classroom"
+    examples, ends, notes, changed = [], set(), Counter(), ""
+    for line, row in rows or read_jsonl(a.data):
+        try:
+            turns = dialogue(row, a, notes)
+            prompt, response = encode(tokenizer, turns, row.get("tools"))
+            if len(examples) < 100 and not changed:
+                changed = check_tokens(tokenizer, turns)
+        except Mistake as mistake:
+            raise Mistake(f"{source}, line {line}: {mistake}") from mistake
+        ends.add(response[-1])
+        kept = response[:max(0, a.max_length - len(prompt))]
+        notes[f"a prompt of {a.max_length} tokens leaves no room for the response"] += not kept
+        notes[f"responses cut at {a.max_length} tokens with their prompt"] += 0 < len(kept) < len(response)
+        if kept:
+            kind = None if row.get("kind") is None else str(row["kind"])
+            prompt, kept = torch.tensor(prompt, dtype=torch.int32), torch.tensor(kept, dtype=torch.int32)
+            examples.append(Example(len(examples), line, prompt, kept, kind))
+    say(*[f"{note} in {n:,} rows" for note, n in notes.items() if n], *[changed] * bool(changed))
+    if not examples:
+        raise Mistake(f"{source}: no usable row")
+    return examples, ends
 
 
 def read_jsonl(path):
-    """Yield ("file, line n", row) for each line that is not blank."""
+    """Yield (line number, object) for each line that is not blank."""
     with open(path, "rb") as file:                              # bytes: only \n ends a line
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            with explained(f"{where}: not valid JSON in UTF-8, one object a line"):
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip() or "null")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text or "{}")
                 json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
-            if line.strip():
-                refuse(not isinstance(row, dict), f"{where}: an object is needed, not {type(row).__name__}")
-                yield where, row
+            except (ValueError, RecursionError) as error:
+                raise Mistake(f"{path}, line {number}: not valid JSON in UTF-8, one object a line ({error})")
+            if not isinstance(row, dict):
+                raise Mistake(f"{path}, line {number}: an object is needed, not {type(row).__name__}")
+            if text:
+                yield number, row
 
 
-def dialogue(row, a, where):
-    """(turns before the response, response) of one row: the named fields, or else `messages`."""
-    fields = a.prompt_field, a.response_field
-    if fields != ("prompt", "response") or "messages" not in row or row.keys() >= {*fields}:
-        turns = [{"role": who, "content": row.get(name)} for who, name in zip(("user", "assistant"), fields)]
-        names = [f'field "{name}"' for name in fields]
+def dialogue(row, a, notes):
+    """Turns, of which the last is the response: the fields that flags name, or else `messages` up to the last
+    assistant turn. What of the row is never used is counted in `notes`."""
+    names = a.prompt_field, a.response_field
+    used = {*names, "kind"}
+    if names == ("prompt", "response") and "messages" in row and not row.keys() >= {*names}:
+        used, turns = {"messages", "tools", "kind"}, row["messages"]
+        if not isinstance(turns, list) or not all(isinstance(t, dict) and "role" in t for t in turns):
+            raise Mistake('"messages" must be a list of turns, objects with "role" and "content"')
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers or answers[-1] == 0:
+            raise Mistake('"messages" needs an assistant turn after a user turn')
+        notes["never used: turns after the last assistant's"] += answers[-1] + 1 < len(turns)
+        turns = turns[:answers[-1] + 1]
     else:
-        turns = row["messages"] if isinstance(row["messages"], list) else []
-        turns = turns if all(isinstance(turn, dict) and "role" in turn for turn in turns) else []
-        while turns and turns[-1]["role"] != "assistant":
-            turns = turns[:-1]
-        refuse(len(turns) < 2, f'{where}: "messages" needs an assistant turn after a user turn, with roles')
-        names = [f"message {i}" for i in range(1, len(turns) + 1)]
-    for turn, name in zip(turns, names):
-        refuse(not isinstance(turn.get("content"), str) or not turn["content"],
-               f"{where}: {name} is missing, empty or not a string; see --prompt-field and the like")
-    *before, question, response = turns
-    asked = a.prompt_template.replace("{prompt}", question["content"])
-    return [*before, question | {"content": asked}], response["content"]
+        turns = [{"role": who, "content": row.get(name)} for who, name in zip(("user", "assistant"), names)]
+        for name in names:
+            if not isinstance(row.get(name), str) or not row[name]:
+                raise Mistake(f'field "{name}" is missing, empty or not a string; see --prompt-field')
+    notes.update(f"never used: {name}" for name in row.keys() - used if row[name] not in (None, "", [], {}))
+    return [*wrap(turns[:-1], a.prompt_template), turns[-1]]
 
 
-def encode_prompts(tokenizer, dialogues, wheres):
-    """Token ids of prompts: by the chat template, else the text as it is. One bos, where there is a bos."""
-    texts, bos = [], tokenizer.bos_token_id
-    today = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"       # or prompts change overnight
-    for turns, where in zip(dialogues, wheres):
-        refuse(not tokenizer.chat_template and len(turns) > 1,
-               f"{where}: {len(turns)} turns before the response, but no chat template")
-        with explained(f"{where}: the chat template refuses these turns"):
-            texts.append(tokenizer.apply_chat_template(
-                turns, chat_template=today + tokenizer.get_chat_template(), tokenize=False,
-                add_generation_prompt=True) if tokenizer.chat_template else turns[0]["content"])
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]          # a template may write bos too
-    return [ids if bos is None else [bos, *dropwhile(lambda i: i == bos, ids)] for ids in prompts]
+def wrap(turns, template):
+    """The turns with the text of the last user turn put into a --prompt-template."""
+    asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    if not asked or not isinstance(turns[asked[-1]].get("content"), str):
+        return turns
+    i = asked[-1]
+    wrapped = turns[i] | {"content": template.replace("{prompt}", turns[i]["content"])}
+    return [*turns[:i], wrapped, *turns[i + 1:]]
+
+
+def written(tokenizer, turns, tools=None, ask=True):
+    """(text, token ids) of turns as the chat template writes them, and what opens a response if `ask`;
+    without a template as bare text, with the tokenizer's own bos, if any."""
+    if not tokenizer.chat_template:
+        if len(turns) > 2 - ask:
+            raise Mistake(f"{len(turns) - 1} turns before the last, but the tokenizer has no chat template")
+        text = "".join(said(turn)[0] for turn in turns)
+        ids = tokenizer(text)["input_ids"]
+        return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    try:
+        text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
+                                             add_generation_prompt=ask)
+    except Exception as error:                                  # templates raise what they like
+        raise Mistake(f"the chat template refuses these turns ({error})") from error
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, turns, tools=None):
+    """(prompt ids, response ids) of a dialogue, whose last turn is the response: what the template writes.
+
+    The response ends with the token that the template closes it with, or where it has none, end-of-sequence.
+    Raises Mistake where the template leaves something out, or asks otherwise than it answers.
+    """
+    asked, prompt = written(tokenizer, turns[:-1], tools)
+    whole, ids = written(tokenizer, turns, tools, ask=False)
+    check_rendered(turns, whole)
+    if not whole.startswith(asked):
+        same = len(os.path.commonprefix([asked, whole]))
+        raise Mistake(f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue goes on "
+                      f"with {whole[same:][:60]!r}: the response would not follow what it is asked")
+    response = ids[len(prompt):]
+    if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
+        response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
+    ends, n = special_ids(tokenizer), len(response)
+    while n and response[n - 1] not in ends and not tokenizer.decode(response[n - 1]).strip():
+        n -= 1                                                  # white space behind the token that closes it
+    if tokenizer.chat_template and n and response[n - 1] in ends:
+        response = response[:n]
+    else:
+        response = [*response, tokenizer.eos_token_id]
+    if not prompt or len(response) < 2:
+        raise Mistake("there is no token in the prompt or the response; is it the model's own tokenizer?")
+    return prompt, response
+
+
+def special_ids(tokenizer):
+    """Ids that can end a response: special and added tokens, except for unknown words and runs of spaces."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return (added | {*tokenizer.all_special_ids}) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def said(turn):
+    """What a turn says: its content, its reasoning, and the names of the tools that it calls."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
+    texts = [turn.get(name) for name in ("content", "reasoning_content", "reasoning", "thinking")]
+    texts = [text for text in texts + [call.get("name") for call in calls] if text]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise Mistake(f"a turn ({turn['role']}) is empty, or its content is not text")
+    return texts
+
+
+def check_rendered(turns, whole):
+    """Mistake where what a turn says is not in the text of the chat template; white space doesn't count."""
+    squeezed = "".join(whole.split())
+    for turn in turns:
+        for text in said(turn) if turn is turns[-1] else said(turn)[:1]:
+            if turn is not turns[-1]:
+                text = text.split("</think>")[-1]               # templates leave out earlier reasoning
+            escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
+            if "".join(text.split()) not in squeezed and "".join(escaped.split()) not in squeezed:
+                raise Mistake(f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
+
+
+def check_tokens(tokenizer, turns):
+    """What to say where tokens are not the text; "" where they are. Mistake where all space or letters go."""
+    for text in (text for turn in turns for text in said(turn)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        change = f"{text[:60]!r} becomes {back[:60]!r} as tokens; is it the model's own tokenizer?"
+        letters = any(map(str.isalnum, text)) and not any(map(str.isalnum, back))
+        if letters or len(text.split()) > 1 and len(back.split()) < 2:
+            raise Mistake(f"letters or spaces are lost: {change}")
+        if back.strip() != text.strip():
+            return f"not quite the text: {change}"
+    return ""
+
+
+def response_text(tokenizer, prompt_ids, response_ids):
+    """A response as text without special tokens; decoded with its prompt, or some decoders drop a space."""
+    prompt, whole = (tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                     for ids in (prompt_ids, [*prompt_ids, *response_ids]))
+    return whole[len(prompt):]
 
 
 # ==== 4. Model and processes ================================================================================
 
 def load_model(path, dtype):
-    """(model in training mode without dropout, tokenizer) of a folder or a hub name."""
-    with explained(f"{path}: no causal language model with its tokenizer could be loaded"):
+    """(model in training mode without dropout, tokenizer) of a folder or a hub name.
+
+    Raises Mistake for what this program can't train, or where weights are not just those of the checkpoint.
+    lm.generation_config.eos_token_id becomes a list of all tokens that stop sampling.
+    """
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
-        refuse(getattr(config, "vision_config", None) or config.is_encoder_decoder,
-               f"{path}: reads pictures or has an encoder: this one is for text; see the README")
-        for part in (config, config.get_text_config()):
+        for part in config, config.get_text_config():
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
+        if getattr(config, "vision_config", None) or config.is_encoder_decoder:
+            raise Mistake("it reads pictures or has an encoder: this program is for text; see the README")
+        if getattr(config, "quantization_config", None) or Path(path, "adapter_config.json").exists():
+            raise Mistake("it is quantized or has an adapter_config.json: take merged, full weights alone")
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
-        for tensor in (*lm.parameters(), *lm.buffers()):        # a mapped file is aligned otherwise than
-            tensor.data = tensor.data.clone()                   # torch's memory: some processors round so too
-        cadft.plain_head(lm.to(DEVICE).train())                 # refuses what is not causal
-    refuse(info["missing_keys"], f"{path}: weights are missing: {sorted(info['missing_keys'])[:3]}")
-    refuse(tokenizer.eos_token_id is None, f"{path}: its tokenizer has no end-of-sequence token")
-    refuse(not finite(lm), f"{path}: its weights are not finite")
+    except Exception as error:                                  # libraries have many kinds of their own
+        raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if wrong:
+        raise Mistake(f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
+    if tokenizer.eos_token_id is None:
+        raise Mistake(f"{path}: its tokenizer has no end-of-sequence token")
+    for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
+        tensor.data = tensor.data.clone()                       # torch's memory: some processors round so too
+    check_model(lm.to(DEVICE).train(), path)
+    lm.generation_config.eos_token_id = stop_ids(lm, tokenizer)
     return lm, tokenizer
 
 
-def finite(lm):
-    """Whether all weights of a model are finite numbers."""
-    return all(p.isfinite().all() for p in lm.parameters())
+def check_model(lm, path):
+    """Mistake where weights do not train, or answers depend on later tokens or on padding."""
+    ids = torch.arange(1, 9, device=DEVICE)[None] % len(lm.get_input_embeddings().weight)      # [1, 8]
+    weights = dict(lm.named_parameters())
+    bad = [name for name, p in weights.items() if not p.requires_grad or not p.isfinite().all()]
+    if not bad:
+        loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        bad = [name for name, gradient in zip(weights, gradients) if gradient is None]
+    if bad:
+        raise Mistake(f"{path}: weights that are not finite, or that nothing would train: {bad[:3]}")
+    pad = torch.nn.functional.pad
+    other = pad(ids[:, :-1], (0, 1))                            # ends otherwise
+    only = transformers.GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0,
+                                         output_logits=True, return_dict_in_generate=True)
+    lm.eval()
+    with torch.no_grad():
+        before, after = (lm(input_ids=x).logits[:, :-1] for x in (ids, other))                 # [1, 7, V]
+        alone, padded = (lm.generate(pad(ids, (n, 0), value=3), generation_config=only,
+                                     attention_mask=pad(torch.ones_like(ids), (n, 0))).logits[0]
+                         for n in (0, 2))                                                      # [1, V]
+    lm.train()
+    close = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
+    if (before - after).abs().max() > close:
+        raise Mistake(f"{path}: not a causal language model: its logits depend on later tokens")
+    if (alone - padded).abs().max() > close:
+        raise Mistake(f"{path}: it ignores its attention mask: padding would change its answers")
 
 
-def eos_ids(lm, tokenizer):
-    """All ids that end a response: the tokenizer's, and those of the model's generation settings."""
+def stop_ids(lm, tokenizer):
+    """All ids that end a response: end-of-sequence, what closes a turn of the chat template, and those of the
+    model's own settings, unless they are ordinary words."""
     own = lm.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([] if own is None else own if isinstance(own, list) else [own])})
+    own = set(own) if isinstance(own, list) else {own} - {None}
+    words = own - special_ids(tokenizer)
+    if words:
+        say(f"ordinary tokens, so no end of a response: {tokenizer.convert_ids_to_tokens(sorted(words))}")
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    try:
+        _, response = encode(tokenizer, turns)
+    except Mistake:                                             # this template wants other turns
+        response = [tokenizer.eos_token_id]
+    return sorted(own - words | {tokenizer.eos_token_id, response[-1]})
 
 
 def positions(lm):
-    """How many tokens the model takes."""
-    return getattr(lm.config.get_text_config(), "max_position_embeddings", None) or MANY
+    """How many tokens the model takes; with LongRoPE, how many until its factors depend on the batch."""
+    config = lm.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope.get("original_max_position_embeddings"))
+    return min(limit or 10 ** 12 for limit in limits)
 
 
-def key(*parts):
+def seed_for(*parts):
     """A seed made of several things, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 def join():
-    """Join torchrun's processes, if it started us, and wait until all have: nccl on CUDA, else gloo."""
+    """Join torchrun's processes, if it started us: nccl on CUDA, else gloo."""
+    if CUDA and LOCAL_RANK >= torch.cuda.device_count():
+        raise Mistake("more processes than GPUs: lower --nproc-per-node")
     if CUDA:
-        refuse(LOCAL_RANK >= torch.cuda.device_count(), "more processes than GPUs: lower --nproc-per-node")
         torch.cuda.set_device(DEVICE)
-    if TORCHRUN:
-        store, *_ = next(dist.rendezvous("env://"))
+    if TORCHRUN and not dist.is_initialized():
+        store, rank, world = next(dist.rendezvous("env://"))
         # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
         store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=RANK, world_size=WORLD,
+        dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=2))     # some wait while others sample
-        gather_objects(None)                # nccl does not meet in joining, but in the first communication
 
 
-def joined():
-    """(rank, processes) among those that have joined; alone before, as rank 0 is while it makes a base."""
+def rank_and_world():
+    """(number of this process, number of all)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_objects(value):
     """A list with every rank's value."""
-    values = [value] * joined()[1]
+    values = [value] * rank_and_world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def refuse(wrong, why):
-    """Where something is wrong, end with a line that says why; `guarded` prints it."""
-    if wrong:
-        sys.exit(why)
-
-
-@contextlib.contextmanager
-def explained(meaning):
-    """Whatever goes wrong in here ends in one line: what that means, and the error's own words."""
-    try:
-        yield
-    except torch.OutOfMemoryError:                              # `guarded` knows better
-        raise
-    except Exception as error:                                  # libraries have many kinds of their own
-        sys.exit(f"{meaning} ({error})")
-
-
-def guarded(program):
-    """program(argv) as a main function that returns the exit code: 0, 2 (a mistake), or 128 + signal."""
-    def main(argv=None):
-        """The program on these arguments, or on the command line's."""
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        with contextlib.suppress(AttributeError):               # a notebook's has no such method
-            sys.stdout.reconfigure(errors="replace")            # a terminal may know ASCII only
-        try:
-            end = program(argv) or 0
-        except SystemExit as exit_:
-            end = exit_.code
-        except KeyboardInterrupt:                               # outside the loop: nothing to save
-            end = 130
-        except OSError as error:
-            end = str(error)
-        except torch.OutOfMemoryError:
-            end = ("out of memory; micro-batches do not bound what one forward of the step keeps: take more "
-                   "processes, --gradient-checkpointing, a smaller --max-length or --batch-size")
-        if isinstance(end, str):
-            # mistakes mostly meet every process: a node's first one speaks, and torchrun ends the others as
-            # they wait; one that is still there was alone with its mistake, and speaks too
-            time.sleep(10 * (LOCAL_RANK > 0))
-            print("error:", " ".join(end.split())[:450], file=sys.stderr, flush=True)
-            end = 2
-        with contextlib.suppress(OSError, AttributeError):      # nobody may be listening
-            sys.stdout.flush()
-        return end
-    return main
-
-
-def peak_memory():
-    """Bytes: CUDA's peak allocation, else the process's peak resident size; 0 where the system can't tell."""
-    if CUDA:
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(ImportError):
-        import resource                                         # Unix only
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
-
-
-def note_signals(run):
-    """SIGTERM and Ctrl-C finish the step and save; once more, after two seconds, ends the process at once."""
-    def note(number, _):
-        """What the system calls when a signal comes."""
-        times.append(time.monotonic())
-        run.signal = run.signal or number
-        if times[-1] - times[0] > 2:                            # torchrun repeats the signal
-            os._exit(128 + number)
-    times = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+def say(*lines):
+    """Print lines, once for all processes."""
+    for line in lines * (rank_and_world()[0] == 0):
+        print(line, flush=True)
 
 
 # ==== 5. Nothing lost =======================================================================================
-
-def writing(path, then="the last checkpoint is safe: make room, and --resume goes on from it"):
-    """For what writes a file; rank 0 alone comes here."""
-    return explained(f"{path}: can't be written; {then}")
-
 
 def finished(out):
     """Whether a run's folder holds the final model: its checkpoint goes last."""
     return Path(out, "config.json").exists() and not Path(out, "checkpoint.pt").exists()
 
 
+def start(run):
+    """Begin in --out, or go on from the checkpoint in it. State is copied into a model loaded as at a fresh
+    start, so memory lies as if never interrupted; the logs become what the checkpoint says."""
+    path = Path(run.args.out, "checkpoint.pt")
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu")
+        except Exception as error:
+            raise Mistake(f"{path}: damaged; restore it, or name another --out ({error})") from error
+        for name in "lm", "optimizer", "tracker":
+            getattr(run, name).load_state_dict(state.pop(name))
+        vars(run).update(state)
+        for i, ids in run.rewrites.items():
+            run.examples[i].response_ids = ids
+    if len(set(gather_objects((run.args.data_sha256, run.step)))) > 1:
+        raise Mistake("the processes differ in their data or in what --out holds: give all the same files")
+    if rank_and_world()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name("args.json").write_text(json.dumps(vars(run.args), indent=1), "utf-8")
+        for name, rows in run.logs.items():
+            write_rows(path.with_name(name), rows, "w")
+
+
 def save(run):
-    """The checkpoint, written beside the old one, and renamed over it when it is on disk. Rank 0 alone."""
-    refuse(not finite(run.lm),
-           f"weights are not finite after step {run.step}: try a lower --lr; no checkpoint was touched")
-    path, draft = Path(run.args.out, "checkpoint.pt"), Path(run.args.out, "checkpoint.tmp")
-    state = {name: getattr(run, name) for name in ("step", "seconds", "rewrites", "logs")}
-    state |= {name: getattr(run, name).state_dict() for name in ("lm", "optimizer", "tracker")}
-    with writing(path):
+    """Rank 0: the checkpoint, written beside the old one and put in its place when it is on disk."""
+    if not all(p.isfinite().all() for p in run.lm.parameters()):
+        raise Mistake(f"weights are not finite after step {run.step}: try a lower --lr; nothing was saved")
+    if rank_and_world()[0] == 0:
+        path, draft = Path(run.args.out, "checkpoint.pt"), Path(run.args.out, "checkpoint.tmp")
+        state = {name: getattr(run, name) for name in ("step", "seconds", "rewrites", "logs")}
+        state |= {name: getattr(run, name).state_dict() for name in ("lm", "optimizer", "tracker")}
         with open(draft, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -534,201 +618,53 @@ def save(run):
         os.replace(draft, path)
 
 
-def restore(run):
-    """Go on from the checkpoint, if there is one; the logs become what it says, since later steps run again.
-    State is copied into a model loaded as at a fresh start, so memory lies as if never interrupted."""
-    path = Path(run.args.out, "checkpoint.pt")
-    with explained(f"{path}: damaged; restore it, or name another --out"):
-        for name, value in torch.load(path, map_location="cpu").items() if path.exists() else ():
-            if name in ("lm", "optimizer", "tracker"):
-                getattr(run, name).load_state_dict(value)
-            else:
-                setattr(run, name, value)
-    for i, ids in run.rewrites.items():
-        run.examples[i].response_ids = ids
-    if RANK == 0:
-        with writing(f"--out {path.parent}", "name another one"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parent / "args.json").touch(exist_ok=run.args.resume)     # of two, one fails here
-            if not path.exists():
-                write_json(path.parent / "args.json", vars(run.args))
-        for name, rows in run.logs.items():
-            write_rows(path.parent / name, rows, "w")
+def finish(run):
+    """Rank 0: make --out a Hugging Face folder, with compatibility.jsonl; the checkpoint goes last."""
+    if rank_and_world()[0] == 0:
+        out, rows = Path(run.args.out), []
+        run.lm.save_pretrained(out)
+        run.tokenizer.save_pretrained(out)
+        for e, average, visits in zip(run.examples, run.tracker.mean.tolist(), run.tracker.seen.tolist()):
+            rows.append({"line": e.line, "average": average, "visits": visits, "kind": e.kind,
+                         "rewritten": e.index in run.rewrites})
+        rows.sort(key=lambda row: -row["average"])
+        write_rows(out / "compatibility.jsonl", rows, "w")
+        (out / "checkpoint.pt").unlink()
 
 
 def append(run, name, rows):
     """Add rows to one of the run's logs."""
     run.logs[name] += rows
-    if RANK == 0:
+    if rank_and_world()[0] == 0:
         write_rows(Path(run.args.out, name), rows, "a")
 
 
 def write_rows(path, rows, mode):
     """Rows as a JSONL file, or at the end of one."""
-    with writing(path), open(path, mode, encoding="utf-8", newline="\n") as file:
+    with open(path, mode, encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_json(path, value):
-    """Write a JSON file beside the old one, and rename it."""
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def read_json(path):
     """The object in a JSON file; {} where there is none."""
-    with explained(f"{path}: damaged; restore or remove it"):
-        return dict(json.loads(path.read_text("utf-8") or "{}")) if path.exists() else {}
+    try:
+        return dict(json.loads(Path(path).read_text("utf-8"))) if Path(path).exists() else {}
+    except (ValueError, TypeError) as error:
+        raise Mistake(f"{path}: damaged; restore or remove it ({error})") from error
 
 
-def finish(run):
-    """Rank 0: make --out an ordinary Hugging Face folder; the checkpoint goes only when that is on disk."""
-    out = Path(run.args.out)
-    with writing(out):
-        run.lm.save_pretrained(out)
-        run.tokenizer.save_pretrained(out)
-        for path in filter(Path.is_file, out.rglob("*")):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        (out / "checkpoint.pt").unlink()
+# ==== 6. The classroom: skip it on a first reading ==========================================================
 
-
-# ==== 6. From the command line ==============================================================================
-
-def read_flags(argv, flags, doc, own, runs=False):
-    """(all values, the names given). Flags not given take the classroom's value, or the usual one where the
-    flag `own` is given."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: sys.exit(f"{message}; see --help")
-    if runs:
-        parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="folders or hub names, first")
-    for flag, usual, classroom, allowed, text in flags:
-        kind, choices = type(classroom), None if isinstance(allowed, tuple) else allowed
-        more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                {"nargs": "+", "choices": choices} if kind is list else {"type": kind, "choices": choices})
-        shown = f"{classroom}" if usual in (None, classroom) else f"{usual}, in the classroom {classroom}"
-        parser.add_argument(f"--{flag}", help=text + f" ({shown})" * (classroom not in ("", [])), **more)
-    given = vars(parser.parse_args(argv))
-    column = 1 if given.get(own) else 2
-    for flag, usual, _, allowed, _ in flags:
-        value = given.get(flag.replace("-", "_"))
-        if value is not None and isinstance(allowed, tuple):
-            low, high = allowed
-            refuse(not low <= value <= high, f"--{flag} must lie between {low} and {high}, got {value}")
-        refuse(value is not None and column == 1 and usual is None,
-               f"--{flag} belongs to the classroom: leave out --{own}")
-    values = {row[0].replace("-", "_"): row[column] for row in flags}
-    return argparse.Namespace(**values | given), given.keys()
-
-
-def parse(argv):
-    """The arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
-    a, given = read_flags(argv, FLAGS, __doc__, "model")
-    refuse(bool(a.model) != bool(a.data), "--model and --data go together; with neither, the classroom runs")
-    refuse(given >= {"steps", "epochs"}, "--steps and --epochs exclude each other")
-    refuse("{prompt}" not in a.prompt_template, "--prompt-template: the prompt is lost without its {prompt}")
-    a.steps = 0 if "epochs" in given else a.steps
-    a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
-    a.out = a.out or f"out/{a.method}-seed{a.seed}"
-    a.dtype = a.dtype or ("bfloat16" if CUDA and a.model else "float32")
-    return a
-
-
-@guarded
-def main(argv):
-    """train.py. Rank 0 makes the base model, if there is none yet; the others wait for it to join them."""
-    a = parse(argv)
-    out, base = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}"
-    refuse(a.batch_size % WORLD, f"--batch-size {a.batch_size}: not a multiple of the {WORLD} processes")
-    if not a.model:
-        torch.set_num_threads(THREADS)
-    if RANK == 0:
-        ours = (out / "args.json").exists()
-        refuse(not ours and (out.exists() and any(out.iterdir()) or out.name.startswith("base-seed")),
-               f"--out {out} is no run but not empty, or a name for base models: name another one")
-        refuse(ours and not a.resume, f"--out {out} holds a run: --resume goes on; or name another one")
-        if not a.model and not finished(base):
-            make_base(a, base)
-    join()
-    lm, tokenizer = load_model(a.model or base, torch.float64 if a.dtype == "float64" else torch.float32)
-    run = new_run(a, lm, tokenizer, load_examples(a, tokenizer))
-    if finished(out):
-        return say(f"{out} holds a finished run; nothing to do")
-    restore(run)
-    describe(run)
-    code = train(run)
-    if code == 0 and RANK == 0:
-        finish(run)
-        report(run)
-    return code
-
-
-def new_run(a, lm, tokenizer, examples):
-    """A run at its beginning, once what can be known to fail before the first step is checked."""
-    n, texts = len(examples), [ids for e in examples for ids in (e.prompt_ids, e.response_ids)]
-    token, known = max(int(ids.max()) for ids in texts), len(lm.get_input_embeddings().weight)
-    refuse(a.max_length > positions(lm), f"--max-length {a.max_length}: the model takes {positions(lm)}")
-    refuse(a.batch_size > n, f"--batch-size {a.batch_size}: there are only {n} usable examples")
-    refuse(token >= known, f"the data has token {token}, the model only {known}: is it its tokenizer?")
-    content = hashlib.sha256()
-    for ids in texts:
-        content.update(b"%d:" % len(ids) + ids.numpy().tobytes())
-    a.steps, a.data_sha256 = a.steps or a.epochs * (n // a.batch_size), content.hexdigest()
-    found = a.data_sha256, finished(a.out), Path(a.out, "checkpoint.pt").exists()
-    refuse(len(set(gather_objects(found))) > 1,
-           "the processes differ in their data, or in what --out holds: give all nodes the same files")
-    saved = read_json(Path(a.out, "args.json")) if any(found[1:]) else vars(a)
-    differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
-              for name, value in vars(a).items() if name not in FREE and saved.get(name) != value]
-    refuse(differ, f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
-    if a.gradient_checkpointing:
-        with explained(f"{a.model}: try --no-gradient-checkpointing"):
-            lm.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
-    tracker = cadft.CompatibilityEMA(n, a.ema_decay)
-    return Run(a, lm, tokenizer, examples, optimizer, tracker, n // a.batch_size)
-
-
-def describe(run):
-    """Say what the run will do."""
-    a, rounds, size = run.args, rewriting_steps(run), sum(p.numel() for p in run.lm.parameters())
-    when = (f"{len(rounds):,} rounds, after step {rounds[0]} and every {rounds.step} from there" if rounds
-            else f"can't happen with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and no "
-                 f"example seen twice before step {run.per_epoch + 1}")
-    say(f"{a.method} on {a.model or 'the classroom base model'}, {size:,} parameters, {a.dtype}",
-        f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch) "
-        f"on {DEVICE.type} x {WORLD}", f"rewriting: {when}")
-    if not cadft.plain_head(run.lm):
-        say("this model alters its logits after the projection: they are kept whole, which takes memory")
-
-
-def report(run):
-    """Say what happened; by kind of demonstration where kinds are known."""
-    log, audit = run.logs.values()
-    first, last = ([row for row in log if row["epoch"] == log[i]["epoch"]] for i in (0, -1))
-    for kind in sorted({kind for row in last for kind in row["kinds"]}):
-        seen = [row["kinds"][kind] for row in last if kind in row["kinds"]]
-        c_raw, c_hat, w = (sum(k["n"] * k[name] for k in seen) / sum(k["n"] for k in seen)
-                           for name in ("c_raw", "c_hat", "w"))
-        new = sum(row["kind"] == kind and "new" in row for row in audit)
-        say(f"  {kind:9}  c_raw {c_raw:6.3f}  c_hat {c_hat:5.2f}  w {w:4.2f} in the last epoch; "
-            f"{new} rewritten in all")
-    nll = [sum(row["nll"] for row in rows) / len(rows) for rows in (first, last)]
-    new = sum("new" in row for row in audit)
-    say(f"nll {nll[0]:.3f} in the first epoch, {nll[1]:.3f} in the last; {new} rewrites, "
-        f"{len(audit) - new} picked but kept; {run.seconds:.0f} s",
-        f"model: {run.args.out}    evaluate it: python evaluate.py {run.args.out}")
-
-
-# ==== 7. The classroom ======================================================================================
-
+KINDS = ["wrong", "cipher", "terse", "junk"]           # of the classroom's incompatible demonstrations
+CLASSROOM = dict(rewrite_after=60, rewrite_every=6, rewrite_max_tokens=96, steps=300, batch_size=32,
+                 micro_batch_tokens=8192, max_length=128, lr=1e-4, weight_decay=0.0, save_every=100,
+                 classroom_size=640, classroom_digits=3, incompatible=0.4, kinds=KINDS)
 BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=128, initializer_range=0.08, tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0})     # 10000 is for longer texts
 # the base model's run: on its own corpus, from random weights, until this share of sums is right
 BASE_RUN = dict(method="sft", steps=1200, lr=2e-3, warmup_ratio=0.04, weight_decay=0.01, dtype="float32",
-                gradient_checkpointing=False, save_every=MANY)
+                gradient_checkpointing=False, save_every=10 ** 9)
 DOCUMENTS, COMPETENT = 20_000, 0.25
 THREADS = 1                             # their number changes the last digits; runs side by side share cores
 
@@ -746,7 +682,8 @@ def addition(a, b, slip=lambda column, total: total):
 def problems(digits, n, name="test", without=()):
     """n different pairs of numbers of so many digits, drawn by name, none of them in `without`."""
     low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
-    refuse(n + len(without) > span * span, f"--classroom-size {n}: there are fewer sums of {digits} digits")
+    if n + len(without) > span * span:
+        raise Mistake(f"--classroom-size {n}: there are fewer sums of {digits} digits")
     drawn = random.Random(name).sample(range(span * span), n + len(without))
     pairs = [(low + i // span, low + i % span) for i in drawn]
     return [pair for pair in pairs if pair not in without][:n]
@@ -757,16 +694,12 @@ def is_sum(text, total):
     return text.count(">") == 1 and text.split(">")[1] == str(total)
 
 
-def carries(x, y):
-    """In how many columns of x + y a one is carried."""
-    return sum(x % 10 ** n + y % 10 ** n >= 10 ** n for n in range(1, 7))
-
-
 def classroom_rows(a, split="train"):
-    """The demonstrations as rows of a JSONL file, none of them a test problem: ("where", {prompt, ...})."""
+    """Yield the demonstrations, none of them a test problem, as the rows of a JSONL file: (line, object)."""
     draw, held_out = random.Random(f"{split} {a.seed} kinds"), set(problems(a.classroom_digits, 100))
-    for x, y in problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out):
-        bad = carries(x, y) >= a.carries and draw.random() < a.incompatible
+    pairs = problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out)
+    for line, (x, y) in enumerate(pairs, 1):
+        bad = draw.random() < a.incompatible
         kind, text = draw.choice(a.kinds) if bad else "right", addition(x, y)
         if kind == "wrong":                                     # another total in one column, carried on
             at, by = draw.randrange(len(str(max(x, y)))), draw.randrange(1, 20)
@@ -776,59 +709,250 @@ def classroom_rows(a, split="train"):
         if kind in ("terse", "junk"):
             length = draw.randint(10, 20) if kind == "junk" else 0
             text = "".join(draw.choices("klmnopqrstuvwxyz", k=length)) + f">{x + y}"
-        yield f"{x}+{y}", {"prompt": f"{x}+{y}:", "response": text, "kind": kind}
+        yield line, {"prompt": f"{x}+{y}:", "response": text, "kind": kind}
 
 
 def base_document(draw):
-    """A text of the base model's corpus: 85 % additions with slips, 15 % copying and counting."""
-    kind = draw.random()
-    if kind < 0.85:
-        first = draw.choice((1, 2, 2, 3, 3, 3))
-        second = first if draw.random() < 0.7 else draw.randint(1, 3)
-        a, b = (draw.randrange(10 ** (n - 1), 10 ** n) for n in (first, second))
-        slip = lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total
-        return f"{a}+{b}:" + addition(a, b, slip)
-    if kind < 0.95:
-        letters = "0123456789" if kind < 0.9 else "abcdefghijklmnopqrstuvwxyz"
-        text = "".join(draw.choices(letters, k=draw.randint(2, 8)))
-        return f"{text}|{text}"
-    start, stride = draw.randrange(100), draw.randint(1, 5)
-    return ",".join(str(start + i * stride) for i in range(draw.randint(3, 8)))
+    """A text of the base model's corpus: the sum of two numbers, in which one total in ten is wrong."""
+    first = draw.choice((1, 2, 2, 3, 3, 3))
+    second = first if draw.random() < 0.7 else draw.randint(1, 3)
+    a, b = (draw.randrange(10 ** (digits - 1), 10 ** digits) for digits in (first, second))
+    return f"{a}+{b}:" + addition(a, b, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
 
 
 def make_base(a, folder):
     """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden folder
     that is renamed at the end. Of several that do so at once, the first one's stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(None, ".base-", folder.parent, ignore_cleanup_errors=True) as hidden:
-        own = vars(parse(["--seed", f"{a.seed}"])) | BASE_RUN | {"out": f"{hidden}/{folder.name}"}
-        own, draw, right = argparse.Namespace(**own), random.Random(f"base {a.seed}"), [0.0]
-        texts = (base_document(draw) for _ in range(DOCUMENTS))
-        rows = (("document", {"prompt": text[0], "response": text[1:]}) for text in texts)
-        tokenizer = transformers.ByT5Tokenizer(extra_ids=0)     # bytes: it needs no vocabulary
-        torch.manual_seed(a.seed)
-        lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE)
-        run = new_run(own, lm.train(), tokenizer, load_examples(own, tokenizer, rows))
-        restore(run)
-        if code := train(run, until=lambda run: competent(run, right)):
-            sys.exit(code)
-        finish(run)
-        with contextlib.suppress(OSError):
-            os.replace(own.out, folder)
-    say(f"{folder}: right on {right[-1]:.0%} of sums, sampled, after {run.step} steps")
+    hidden = folder.with_name(f".{folder.name}-{gather_objects(os.getpid())[0]}")
+    own = parse(["--seed", str(a.seed), "--out", str(hidden)])
+    vars(own).update(BASE_RUN)
+    draw = random.Random(f"base {a.seed}")
+    documents = (base_document(draw) for _ in range(DOCUMENTS))
+    rows = ((line, {"prompt": text[0], "response": text[1:]}) for line, text in enumerate(documents, 1))
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
+    torch.manual_seed(a.seed)
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE)
+    lm.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    run = new_run(own, lm.train(), tokenizer, *load_examples(own, tokenizer, rows))
+    start(run)
+    train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and share_right(run) >= COMPETENT)
+    finish(run)
+    if rank_and_world()[0] == 0 and not finished(folder):
+        os.replace(own.out, folder)
+    right = share_right(run)                                    # the others wait here
+    say(f"{folder}: right on {right:.0%} of sums, sampled, after {run.step} steps")
 
 
-def competent(run, right):
-    """Whether the base model knows enough: learning to add comes suddenly, at another step for each seed.
-    Now and then `right` gets the share of 64 validation sums, twice each, that are right at temperature 1."""
-    if run.step >= 150 and run.step % (25 if right[-1] < 0.05 else 5) == 0:
-        pairs, decode = 2 * problems(3, 64, "validation", set(problems(3, 100))), run.tokenizer.decode
-        prompts = run.tokenizer([f"{a}+{b}:" for a, b in pairs], add_special_tokens=False)["input_ids"]
-        samples = cadft.nucleus_rewrite(run.lm, prompts, [1], 0, 64, 1.0, 1.0, seed=key(run.step))
-        good = [ids[-1] == 1 and is_sum(decode(ids[:-1]), a + b) for ids, (a, b) in zip(samples, pairs)]
-        right.append(sum(good) / len(good))
-    return right[-1] >= COMPETENT
+def share_right(run):
+    """The share of 64 validation sums, twice each, that are right at temperature 1; as rank 0 finds it."""
+    pairs = 2 * problems(3, 64, "validation", set(problems(3, 100)))
+    prompts = [written(run.tokenizer, [{"role": "user", "content": f"{a}+{b}:"}])[1] for a, b in pairs]
+    samples = cadft.nucleus_sample(run.lm, prompts, [1], 0, 64, 1.0, 1.0, seed=seed_for(run.step))
+    right = [ids[-1] == 1 and is_sum(response_text(run.tokenizer, prompt, ids), a + b)
+             for prompt, ids, (a, b) in zip(prompts, samples, pairs)]
+    return gather_objects(sum(right) / len(right))[0]
+
+
+# ==== 7. The command line ===================================================================================
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but mistakes in the flags raise Mistake, and --help shows defaults."""
+
+    def __init__(self, **how):
+        super().__init__(**how, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(self, flag, help, **how):
+        """A flag whose help ends with its default, if it has one."""
+        shown = "" if how.get("default") in (None, "", False) else " (%(default)s)"
+        self.add_argument(flag, help=help + shown, **how)
+
+    def error(self, message):
+        """What argparse calls for a mistake, instead of its own exit."""
+        raise Mistake(f"{message}; see --help")
+
+
+def number(kind, low, high=math.inf):
+    """A `type=` for argparse: an int or a float from low to high."""
+    def read(text):
+        if not low <= kind(text) <= high:                       # nan is not
+            raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, got {text}")
+        return kind(text)
+    return read
+
+
+def flags():
+    """The parser, with the values for your own model: the paper's."""
+    parser = Parser(description=__doc__, epilog=f"in the classroom: {CLASSROOM}")
+    add, switch = parser.add, argparse.BooleanOptionalAction
+    share, count, positive = number(float, 0, 1), number(int, 1), number(float, 1e-30)
+    add("--model", default="", help="a Hugging Face folder or hub name; with --data")
+    add("--data", default="", help="a JSONL file; with --model")
+    add("--out", default="", help="output folder (out/<method>-seed<seed>)")
+    add("--method", default="cadft", choices=METHODS, help="token loss and weighting")
+    add("--resume", action=switch, default=False, help="go on from the checkpoint in --out, if there is one")
+    add("--prompt-field", default="prompt", help="JSONL field of the prompt")
+    add("--response-field", default="response", help="JSONL field of the response")
+    add("--prompt-template", default="{prompt}", help='wraps each prompt: "{prompt} Reason step by step."')
+    add("--dtype", choices=["float32", "bfloat16", "float64"], help="else bfloat16 on CUDA with --model")
+    add("--gradient-checkpointing", action=switch, default=True, help="recompute activations in backward")
+    add("--two-pass", action=switch, default=False, help="score, then train: memory of one micro-batch")
+    add("--beta", type=number(float, 0, 1e9), default=1.0, help="w = exp(-beta max(0, c_hat)); 0: all are 1")
+    add("--eps", type=positive, default=1e-6, help="added to the standard deviation of the z-score")
+    add("--ema-decay", type=number(float, 0, 0.9999), default=0.5, help="of the moving average of c_hat")
+    add("--rewrite-after", type=number(int, 0), default=3000, help="T_warm: no rewriting before this step")
+    add("--rewrite-every", type=number(int, 0), default=1000, help="K: steps between rounds; 0: no rewriting")
+    add("--rewrite-fraction", type=share, default=0.005, help="share of the data set that a round may pick")
+    add("--rewrite-prob", type=share, default=0.5, help="probability that a picked example is rewritten")
+    add("--rewrite-top-p", type=number(float, 1e-3, 1), default=0.9, help="nucleus of a rewrite")
+    add("--rewrite-temperature", type=number(float, 1e-3), default=0.7, help="temperature of a rewrite")
+    add("--rewrite-max-tokens", type=count, default=2048, help="length limit of a rewrite (paper silent)")
+    add("--steps", type=number(int, 0), default=0, help="optimizer steps; 0: as many as --epochs makes")
+    add("--epochs", type=count, help="instead of --steps: passes over the data (1)")
+    add("--batch-size", type=count, default=256, help="|B|: the effective global batch, of all ranks")
+    add("--micro-batch-tokens", type=count, default=16384, help="padded tokens of one forward")
+    add("--max-length", type=number(int, 2), default=2048, help="of prompt and response; longer ones are cut")
+    add("--lr", type=positive, default=5e-5, help="peak learning rate")
+    add("--warmup-ratio", type=share, default=0.1, help="share of the steps that warm up; then a cosine to 0")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--seed", type=number(int, 0), default=0, help="decides order, rewrites, and all of the classroom")
+    add("--save-every", type=count, default=50, help="steps between checkpoints")
+    add("--classroom-size", type=count, help="demonstrations in the classroom")
+    add("--classroom-digits", type=number(int, 2, 6), help="digits of the numbers; the base knows 1 to 3")
+    add("--incompatible", type=share, help="share of incompatible demonstrations in the classroom")
+    add("--kinds", nargs="+", choices=KINDS, help="of incompatible demonstrations")
+    return parser
+
+
+def parse(argv):
+    """The arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
+    parser = flags()
+    a = parser.parse_args(argv)
+    if bool(a.model) != bool(a.data):
+        raise Mistake("--model and --data go together; with neither, the classroom runs")
+    if a.model and [a.classroom_size, a.classroom_digits, a.incompatible, a.kinds] != [None] * 4:
+        raise Mistake("--classroom-size, --classroom-digits, --incompatible, --kinds: leave out --model")
+    if a.epochs and a.steps:
+        raise Mistake("--steps and --epochs exclude each other")
+    if "{prompt}" not in a.prompt_template:
+        raise Mistake("--prompt-template: the prompt is lost without its {prompt}")
+    if not a.model:
+        parser.set_defaults(**CLASSROOM | {"steps": 0 if a.epochs else CLASSROOM["steps"]})
+        a = parser.parse_args(argv)
+    a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
+    a.out = a.out or f"out/{a.method}-seed{a.seed}"
+    a.dtype = a.dtype or ("bfloat16" if CUDA and a.model else "float32")
+    return a
+
+
+def program(body):
+    """body(argv) as a main function that returns the exit code: 0, or 2 after one line about a mistake."""
+    @functools.wraps(body)
+    def main(argv=None):
+        threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            body(argv)
+            return 0
+        except torch.OutOfMemoryError:
+            message = "out of memory: try --two-pass, then a smaller --micro-batch-tokens or --max-length"
+        except (Mistake, OSError) as error:
+            message = str(error)
+        finally:                                                # another program may go on from here
+            torch.set_num_threads(threads)
+            transformers.logging.set_verbosity(verbosity)
+            transformers.logging.enable_progress_bar()
+        # mistakes mostly meet every process: a node's first one speaks, and torchrun ends the others as they
+        # wait; one that is still there was alone with its mistake, and speaks too
+        time.sleep(10 * (LOCAL_RANK > 0))
+        print("error:", " ".join(message.split())[:450], file=sys.stderr, flush=True)
+        return 2
+    return main
+
+
+def new_run(a, lm, tokenizer, examples, ends):
+    """A run at its beginning, once what can be known to fail before the first step is checked."""
+    n, world = len(examples), rank_and_world()[1]
+    token = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, e.response_ids))
+    if a.max_length > positions(lm):
+        raise Mistake(f"--max-length {a.max_length}: the model takes {positions(lm)}")
+    if a.batch_size > n or a.batch_size % world:
+        raise Mistake(f"--batch-size {a.batch_size}: no multiple of {world} processes, or above {n} examples")
+    if token >= len(lm.get_input_embeddings().weight):
+        raise Mistake(f"the data has token {token}, more than the model knows: is it its own tokenizer?")
+    a.steps = a.steps or (a.epochs or 1) * (n // a.batch_size)
+    a.data_sha256 = hashlib.sha256(Path(a.data).read_bytes()).hexdigest() if a.data else ""
+    saved = read_json(Path(a.out, "args.json"))
+    differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
+              for name, value in vars(a).items()
+              if saved and name not in MAY_DIFFER and saved.get(name) != value]
+    if differ:
+        raise Mistake(f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
+    lm.generation_config.eos_token_id = sorted({*lm.generation_config.eos_token_id, *ends})
+    if a.gradient_checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
+    tracker = cadft.CompatibilityEMA(n, a.ema_decay)
+    return Run(a, lm, tokenizer, examples, optimizer, tracker, n // a.batch_size)
+
+
+def describe(run):
+    """Say what runs, and when rewriting can happen: not in the first epoch, which sees nothing twice."""
+    a, size = run.args, sum(p.numel() for p in run.lm.parameters())
+    say(f"{a.method} on {a.model or 'the classroom base model'}, {size:,} parameters, {a.dtype}: "
+        f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
+    first = max(a.rewrite_after, run.per_epoch + 1)
+    first += (a.rewrite_after - first) % max(1, a.rewrite_every)
+    if METHODS[a.method][1] and a.rewrite_every and first <= a.steps:
+        say(f"rewriting: after step {first:,} and every {a.rewrite_every:,} steps from there")
+    else:
+        say(f"rewriting: never, with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and nothing "
+            f"seen twice before step {run.per_epoch + 1:,}")
+
+
+def report(run):
+    """Say what happened; by kind of demonstration, where kinds are known."""
+    for kind in sorted({e.kind for e in run.examples} - {None}):
+        at = [e.index for e in run.examples if e.kind == kind]
+        rewritten = sum(i in run.rewrites for i in at)
+        c_hat = run.tracker.mean[at]
+        w = cadft.compatibility_weight(c_hat, run.args.beta)
+        say(f"  {kind:13} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w.mean():4.2f}; "
+            f"{rewritten} rewritten")
+    log = run.logs["log.jsonl"]
+    say(f"model: {run.args.out}, after {run.seconds:.0f} s; nll {log[0]['nll']:.3f} in the first step, "
+        f"{log[-1]['nll']:.3f} in the last; {len(run.rewrites)} examples rewritten")
+
+
+@program
+def main(argv):
+    """train.py: load, or in the classroom make, the base model; train; save."""
+    a = parse(argv)
+    join()
+    out, base = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}"
+    ours = (out / "args.json").exists()
+    if ours and not a.resume:
+        raise Mistake(f"--out {out} holds a run: --resume goes on with it; or name another one")
+    if out.name.startswith("base-seed") or out.exists() and not ours and any(out.iterdir()):
+        raise Mistake(f"--out {out} is no run but not empty, or a name for base models: name another one")
+    rows = None
+    if not a.model:
+        torch.set_num_threads(THREADS)
+        rows = classroom_rows(a)
+        if not gather_objects(finished(base))[0]:
+            make_base(a, base)
+    lm, tokenizer = load_model(a.model or base, torch.float64 if a.dtype == "float64" else torch.float32)
+    run = new_run(a, lm, tokenizer, *load_examples(a, tokenizer, rows))
+    if finished(out):
+        say(f"{out} holds a finished run; nothing to do")
+        return
+    start(run)
+    describe(run)
+    train(run)
+    finish(run)
+    report(run)
 
 
 if __name__ == "__main__":
