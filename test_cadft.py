@@ -224,7 +224,11 @@ def test_a_step_over_micro_batches_has_the_gradients_of_the_definition(two_pass)
     lm.zero_grad()
     batches = [dict(input_ids=ids, labels=labels, index=torch.arange(len(ids))) for ids, _, labels in parts]
     keep = train.argparse.Namespace(step=lambda: None, zero_grad=lambda: None)     # leaves gradients there
-    table = train.train_step(train.Run(a, lm, None, [], keep, None, 1), train.ResponseNLL(lm, False), batches)
+    net, order = train.ResponseNLL(lm, False), []
+    net.register_forward_hook(lambda *_: order.append("forward"))
+    lm.get_input_embeddings().weight.register_hook(lambda _: order.append("backward"))
+    table = train.train_step(train.Run(a, lm, None, [], keep, None, 1), net, batches)
+    assert order == ["forward"] * 3 + (["forward", "backward"] * 3 if two_pass else ["backward"])
     assert_close(table["w"], w)
     assert_close([p.grad for p in lm.parameters()], naive, rtol=1e-12, atol=1e-12)
     assert not torch.equal(*(train.ResponseNLL(tiny(), half)(*parts[0][::2])[0] for half in (True, False)))

@@ -89,7 +89,7 @@ def train_step(run, net, batches):
     a = run.args
     token_loss, weighted = METHODS[a.method]
     with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
-        outputs = forward(net, batches)
+        outputs = list(forward(net, batches))
     c_raw = per_sample(cadft.compatibility, outputs)                            # [B]
     c_hat = cadft.batch_zscore(c_raw, a.eps)                                    # [B]
     w = cadft.compatibility_weight(c_hat, a.beta if weighted else 0.0)          # [B]
@@ -111,12 +111,10 @@ def train_step(run, net, batches):
 
 
 def forward(net, batches):
-    """nll, mask [rows, T-1] of each micro-batch."""
-    outputs = []
+    """Yield nll, mask [rows, T-1] of each micro-batch, one after the other."""
     for batch in batches:
         net.require_backward_grad_sync = batch is batches[-1]       # DDP reduces once, after the last
-        outputs.append(net(batch["input_ids"], batch["labels"]))
-    return outputs
+        yield net(batch["input_ids"], batch["labels"])
 
 
 def per_sample(score, outputs):
