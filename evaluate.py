@@ -87,9 +87,7 @@ def evaluate_run(run, files, a):
         folder = Path(a.out or "out", run["path"].strip("/").replace("/", "--"))
     for name, problems in files.items():
         rows = sample_answers(lm.eval(), tokenizer, run, problems, a)
-        if train.rank_and_world()[0] == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            train.write_rows(folder / f"eval-{name}.jsonl", rows, "w")
+        train.write_rows(folder / f"eval-{name}.jsonl", rows, "w")
         results.append(result(run, name, rows))
     return results
 
@@ -103,9 +101,9 @@ def sample_answers(lm, tokenizer, run, problems, a):
     sampled = [(i, sample) for i in order for sample in range(a.samples)]
     batches = [pairs[at:at + a.batch_size] for pairs in (greedy, sampled)
                for at in range(0, len(pairs), a.batch_size)]                   # of (problem, sample)
-    rank, world = train.rank_and_world()
     stops, rows = lm.generation_config.eos_token_id, []                        # rows: (batch number, row)
-    for number in tqdm(range(rank, len(batches), world), run["row"], unit="batch", disable=rank > 0 or None):
+    mine = range(train.RANK, len(batches), train.WORLD)
+    for number in tqdm(mine, run["row"], unit="batch", disable=train.RANK > 0 or None):
         asked = [prompts[i] for i, _ in batches[number]]
         temperature = 0.0 if batches[number][0][1] == "greedy" else a.temperature
         limit = min(a.max_tokens, train.positions(lm) - max(map(len, asked)))
@@ -428,7 +426,8 @@ def draw(path, rows):
 
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
-    parser, number = train.Parser(description=__doc__), train.number
+    number, raw = train.number, train.argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished runs under out/)")
     add("--data", nargs="+", default=[], metavar="FILE", help="JSONL files of problems")
@@ -487,7 +486,7 @@ def main(argv):
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     if a.gradients:
-        if train.rank_and_world()[1] > 1 or len(a.data) > 1:
+        if train.WORLD > 1 or len(a.data) > 1:
             raise Mistake("--gradients: in one process, without torchrun, and with one --data file at most")
         for row, numbers in gradient_study(find_runs(a.runs), a).items():
             train.say(row)
@@ -500,7 +499,7 @@ def main(argv):
         Path(a.plot).parent.mkdir(parents=True, exist_ok=True)
     rows = measure(a)
     train.say(*table(rows, a.against or "dft"))
-    if a.plot and train.rank_and_world()[0] == 0:
+    if a.plot and train.RANK == 0:
         draw(a.plot, rows)
 
 

@@ -10,10 +10,8 @@ Where this loop departs from the textbook:
  2. All methods take the same path; they differ in the token loss and in beta (0: no weighting).
  3. A step's data and random numbers depend on (seed, step) alone: not on ranks, micro-batches or the past.
  4. Weights are float32; bfloat16 is autocast over them. Dropout is off: it would depend on the sharding.
- 5. A mistake in the input raises Mistake where it is found; `program` prints it as one line.
 """
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -21,7 +19,7 @@ import os
 import random
 import sys
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -42,12 +40,20 @@ MAY_DIFFER = {"out", "data", "resume", "save_every", "micro_batch_tokens", "two_
               "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
 TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
+RANK, WORLD, LOCAL_RANK = 0, 1, 0
+if TORCHRUN:
+    RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
 
 class Mistake(ValueError):
     """Something in the input is wrong; the message says what, where, and what to do."""
+
+
+def require(fine, message):
+    """Raise Mistake with the message, unless all is fine."""
+    if not fine:
+        raise Mistake(message)
 
 
 @dataclass(slots=True)
@@ -82,10 +88,8 @@ class Run:
 # ==== 1. The loop ===========================================================================================
 
 def train_step(run, net, batches):
-    """One optimizer step on this rank's micro-batches: the algorithm, whole.
-
-    Returns columns {name: [G]} about the global batch, on the CPU, the same on every rank; and grad_norm.
-    """
+    """One optimizer step on this rank's micro-batches: the algorithm, whole. Returns columns {name: [G]} of
+    the global batch, on the CPU, the same on every rank; and grad_norm."""
     a = run.args
     token_loss, weighted = METHODS[a.method]
     with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
@@ -125,12 +129,11 @@ def per_sample(score, outputs):
 def train(run, until=lambda run: False):
     """The loop over steps: train, average, log, rewrite, save; up to --steps, or as far as `until` says."""
     a = run.args
-    rank, world = rank_and_world()
     net = ResponseNLL(run.lm, a.dtype == "bfloat16")
     if dist.is_initialized():
         net = torch.nn.parallel.DistributedDataParallel(
             net, [DEVICE] if CUDA else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    bar = tqdm(total=a.steps, initial=run.step, desc=Path(a.out).name, unit="step", disable=rank > 0 or None)
+    bar = tqdm(total=a.steps, initial=run.step, desc=Path(a.out).name, unit="step", disable=RANK > 0 or None)
     began = time.perf_counter() - run.seconds
     done = run.step == a.steps
     while not done:
@@ -139,11 +142,10 @@ def train(run, until=lambda run: False):
         torch.manual_seed(seed_for(a.seed, run.step))           # should the model draw anything (a router)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, a)
-        table = train_step(run, net, [collate(rows) for rows in share(run, rank, world)])
+        table = train_step(run, net, [collate(rows) for rows in share(run, RANK, WORLD)])
         bad = sorted(run.examples[i].line for i in table["index"][~table["loss"].isfinite()].tolist())
-        if bad or not math.isfinite(table["grad_norm"]):
-            raise Mistake(f"loss or gradient is not finite at step {run.step}, lines {bad[:8] or 'all'}: "
-                          f"look at these, or try a lower --lr; the last checkpoint is untouched")
+        require(not bad and math.isfinite(table["grad_norm"]), f"loss or gradient is not finite at step "
+                f"{run.step}, lines {bad[:8] or 'all'}: look at these, or try a lower --lr")
         run.tracker.update(table["index"], table["c_hat"])
         run.seconds = time.perf_counter() - began
         row = log_row(run, table, time.perf_counter() - start)
@@ -231,12 +233,11 @@ def log_row(run, table, elapsed):
 def rewrite(run, chunk=64):
     """One round: pick, toss, sample, write back, record. Chunks and their seeds don't depend on the ranks."""
     a, stops = run.args, run.lm.generation_config.eos_token_id
-    rank, world = rank_and_world()
     picked = run.tracker.pick(a.rewrite_fraction)
     drawn = [i for i in picked if random.Random(seed_for(a.seed, run.step, i)).random() < a.rewrite_prob]
     drawn.sort(key=lambda i: (len(run.examples[i].prompt_ids), i))
     mine = {}                                                   # index -> ids sampled by this rank
-    for start in range(rank * chunk, len(drawn), world * chunk):
+    for start in range(RANK * chunk, len(drawn), WORLD * chunk):
         indices = drawn[start:start + chunk]
         prompts = [run.examples[i].prompt_ids.tolist() for i in indices]
         room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))      # the longest prompt's
@@ -245,40 +246,32 @@ def rewrite(run, chunk=64):
                 run.lm, prompts, stops, stops[0], room, top_p=a.rewrite_top_p,
                 temperature=a.rewrite_temperature, seed=seed_for(a.seed, run.step, "chunk", start // chunk))
         mine.update(zip(indices, samples))
-    new = {}
-    for part in gather_objects(mine):
-        new.update(part)
-    append(run, "rewrites.jsonl", [write_back(run, i, new.get(i)) for i in picked])
-
-
-def write_back(run, i, ids):
-    """Put a rewrite into the data set, if there is one and it is whole. Returns its row of rewrites.jsonl."""
-    e, tokenizer = run.examples[i], run.tokenizer
-    prompt, old = e.prompt_ids.tolist(), e.response_ids.tolist()
-    row = {"step": run.step, "line": e.line, "kind": e.kind, "average": run.tracker.mean[i].item(),
-           "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-           "old": response_text(tokenizer, prompt, old)}
-    if ids is None:
-        return row | {"kept": "not drawn"}
-    if ids[-1] not in run.lm.generation_config.eos_token_id:    # paper silent: these two keep the original
-        return row | {"kept": "cut off"}
-    if not tokenizer.decode(ids, skip_special_tokens=True).strip():
-        return row | {"kept": "empty"}
-    e.response_ids = torch.tensor(ids, dtype=torch.int32)
-    run.rewrites[i] = e.response_ids
-    run.tracker.forget(i)
-    return row | {"new": response_text(tokenizer, prompt, ids)}
+    new, rows = ChainMap(*gather_objects(mine)), []             # index -> ids sampled by any rank
+    for i in picked:
+        e, ids = run.examples[i], new.get(i)
+        prompt = e.prompt_ids.tolist()
+        rows.append({"step": run.step, "line": e.line, "kind": e.kind, "average": run.tracker.mean[i].item(),
+                     "prompt": run.tokenizer.decode(prompt, skip_special_tokens=True),
+                     "old": response_text(run.tokenizer, prompt, e.response_ids.tolist())})
+        if ids is None:
+            rows[-1]["kept"] = "not drawn"
+        elif ids[-1] not in stops:                              # paper silent: these two keep the original
+            rows[-1]["kept"] = "cut off"
+        elif not run.tokenizer.decode(ids, skip_special_tokens=True).strip():
+            rows[-1]["kept"] = "empty"
+        else:
+            rows[-1]["new"] = response_text(run.tokenizer, prompt, ids)
+            run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
+            run.tracker.forget(i)
+    append(run, "rewrites.jsonl", rows)
 
 
 # ==== 3. Data ===============================================================================================
 
 def load_examples(a, tokenizer, rows=None):
-    """(examples, ids that end their responses) of the file a.data, or of rows (line, object).
-
-    Says what was cut, dropped, never used, or changed by its tokens. Mistakes name the line.
-    """
+    """(examples, ids that end their responses) of the file a.data, or of rows (line, object)."""
     source = a.data or "the classroom"
-    examples, ends, notes, changed = [], set(), Counter(), ""
+    examples, ends, notes, changed = [], set(), Counter(), False
     for line, row in rows or read_jsonl(a.data):
         try:
             turns = dialogue(row, a, notes)
@@ -295,9 +288,8 @@ def load_examples(a, tokenizer, rows=None):
             kind = None if row.get("kind") is None else str(row["kind"])
             prompt, kept = torch.tensor(prompt, dtype=torch.int32), torch.tensor(kept, dtype=torch.int32)
             examples.append(Example(len(examples), line, prompt, kept, kind))
-    say(*[f"{note} in {n:,} rows" for note, n in notes.items() if n], *[changed] * bool(changed))
-    if not examples:
-        raise Mistake(f"{source}: no usable row")
+    say(*[f"{note} in {n:,} rows" for note, n in notes.items() if n])
+    require(examples, f"{source}: no usable row")
     return examples, ends
 
 
@@ -311,8 +303,7 @@ def read_jsonl(path):
                 json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
             except (ValueError, RecursionError) as error:
                 raise Mistake(f"{path}, line {number}: not valid JSON in UTF-8, one object a line ({error})")
-            if not isinstance(row, dict):
-                raise Mistake(f"{path}, line {number}: an object is needed, not {type(row).__name__}")
+            require(isinstance(row, dict), f"{path}, line {number}: no object, not {type(row).__name__}")
             if text:
                 yield number, row
 
@@ -320,32 +311,30 @@ def read_jsonl(path):
 def dialogue(row, a, notes):
     """Turns, of which the last is the response: the fields that flags name, or else `messages` up to the last
     assistant turn. What of the row is never used is counted in `notes`."""
-    names = a.prompt_field, a.response_field
+    names = [a.prompt_field, a.response_field]
     used = {*names, "kind"}
-    if names == ("prompt", "response") and "messages" in row and not row.keys() >= {*names}:
+    if names == ["prompt", "response"] and "messages" in row and not row.keys() >= {*names}:
         used, turns = {"messages", "tools", "kind"}, row["messages"]
-        if not isinstance(turns, list) or not all(isinstance(t, dict) and "role" in t for t in turns):
-            raise Mistake('"messages" must be a list of turns, objects with "role" and "content"')
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers or answers[-1] == 0:
-            raise Mistake('"messages" needs an assistant turn after a user turn')
-        notes["never used: turns after the last assistant's"] += answers[-1] + 1 < len(turns)
-        turns = turns[:answers[-1] + 1]
+        require(isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns),
+                '"messages" must be a list of turns, objects with "role" and "content"')
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        require(last > 0, '"messages" needs an assistant turn after a user turn')
+        notes["never used: turns after the last assistant's"] += last + 1 < len(turns)
+        turns = turns[:last + 1]
     else:
-        turns = [{"role": who, "content": row.get(name)} for who, name in zip(("user", "assistant"), names)]
         for name in names:
-            if not isinstance(row.get(name), str) or not row[name]:
-                raise Mistake(f'field "{name}" is missing, empty or not a string; see --prompt-field')
+            require(isinstance(row.get(name), str) and row[name],
+                    f'field "{name}" is missing, empty or not a string; see --prompt-field')
+        turns = [{"role": who, "content": row[name]} for who, name in zip(("user", "assistant"), names)]
     notes.update(f"never used: {name}" for name in row.keys() - used if row[name] not in (None, "", [], {}))
     return [*wrap(turns[:-1], a.prompt_template), turns[-1]]
 
 
 def wrap(turns, template):
     """The turns with the text of the last user turn put into a --prompt-template."""
-    asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-    if not asked or not isinstance(turns[asked[-1]].get("content"), str):
+    i = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+    if i is None or not isinstance(turns[i].get("content"), str):
         return turns
-    i = asked[-1]
     wrapped = turns[i] | {"content": template.replace("{prompt}", turns[i]["content"])}
     return [*turns[:i], wrapped, *turns[i + 1:]]
 
@@ -354,8 +343,7 @@ def written(tokenizer, turns, tools=None, ask=True):
     """(text, token ids) of turns as the chat template writes them, and what opens a response if `ask`;
     without a template as bare text, with the tokenizer's own bos, if any."""
     if not tokenizer.chat_template:
-        if len(turns) > 2 - ask:
-            raise Mistake(f"{len(turns) - 1} turns before the last, but the tokenizer has no chat template")
+        require(len(turns) <= 2 - ask, f"{len(turns)} turns, but the tokenizer has no chat template")
         text = "".join(said(turn)[0] for turn in turns)
         ids = tokenizer(text)["input_ids"]
         return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
@@ -369,30 +357,32 @@ def written(tokenizer, turns, tools=None, ask=True):
 
 def encode(tokenizer, turns, tools=None):
     """(prompt ids, response ids) of a dialogue, whose last turn is the response: what the template writes.
-
     The response ends with the token that the template closes it with, or where it has none, end-of-sequence.
-    Raises Mistake where the template leaves something out, or asks otherwise than it answers.
     """
     asked, prompt = written(tokenizer, turns[:-1], tools)
     whole, ids = written(tokenizer, turns, tools, ask=False)
-    check_rendered(turns, whole)
-    if not whole.startswith(asked):
-        same = len(os.path.commonprefix([asked, whole]))
-        raise Mistake(f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue goes on "
-                      f"with {whole[same:][:60]!r}: the response would not follow what it is asked")
+    squeezed = "".join(whole.split())                           # white space doesn't count
+    for turn in turns:
+        texts = said(turn)
+        if turn is not turns[-1]:
+            texts = [texts[0].split("</think>")[-1]]            # templates leave out earlier reasoning
+        for text in texts:
+            escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
+            require("".join(text.split()) in squeezed or "".join(escaped.split()) in squeezed,
+                    f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
+    same = len(os.path.commonprefix([asked, whole]))
+    require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
+            f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
         response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
-    ends, n = special_ids(tokenizer), len(response)
-    while n and response[n - 1] not in ends and not tokenizer.decode(response[n - 1]).strip():
-        n -= 1                                                  # white space behind the token that closes it
-    if tokenizer.chat_template and n and response[n - 1] in ends:
-        response = response[:n]
-    else:
-        response = [*response, tokenizer.eos_token_id]
-    if not prompt or len(response) < 2:
-        raise Mistake("there is no token in the prompt or the response; is it the model's own tokenizer?")
-    return prompt, response
+    ends, closed = special_ids(tokenizer), list(response)
+    while closed and closed[-1] not in ends and not tokenizer.decode(closed[-1]).strip():
+        closed.pop()                                            # white space behind the token that closes it
+    if not tokenizer.chat_template or not closed or closed[-1] not in ends:
+        closed = [*response, tokenizer.eos_token_id]
+    require(prompt and len(closed) > 1, "no token in the prompt or the response: is it the model's own?")
+    return prompt, closed
 
 
 def special_ids(tokenizer):
@@ -403,38 +393,27 @@ def special_ids(tokenizer):
 
 def said(turn):
     """What a turn says: its content, its reasoning, and the names of the tools that it calls."""
-    calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
     texts = [turn.get(name) for name in ("content", "reasoning_content", "reasoning", "thinking")]
-    texts = [text for text in texts + [call.get("name") for call in calls] if text]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise Mistake(f"a turn ({turn['role']}) is empty, or its content is not text")
+    texts += [call.get("function", call).get("name") for call in turn.get("tool_calls") or []]
+    texts = [text for text in texts if text]
+    require(texts and all(isinstance(text, str) for text in texts),
+            f"a turn ({turn['role']}) is empty, or its content is not text")
     return texts
 
 
-def check_rendered(turns, whole):
-    """Mistake where what a turn says is not in the text of the chat template; white space doesn't count."""
-    squeezed = "".join(whole.split())
-    for turn in turns:
-        for text in said(turn) if turn is turns[-1] else said(turn)[:1]:
-            if turn is not turns[-1]:
-                text = text.split("</think>")[-1]               # templates leave out earlier reasoning
-            escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
-            if "".join(text.split()) not in squeezed and "".join(escaped.split()) not in squeezed:
-                raise Mistake(f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
-
-
 def check_tokens(tokenizer, turns):
-    """What to say where tokens are not the text; "" where they are. Mistake where all space or letters go."""
+    """Say where tokens are not the text, and return whether. Mistake where all space or letters go."""
     for text in (text for turn in turns for text in said(turn)):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         change = f"{text[:60]!r} becomes {back[:60]!r} as tokens; is it the model's own tokenizer?"
         letters = any(map(str.isalnum, text)) and not any(map(str.isalnum, back))
-        if letters or len(text.split()) > 1 and len(back.split()) < 2:
-            raise Mistake(f"letters or spaces are lost: {change}")
+        spaces = len(text.split()) > 1 and len(back.split()) < 2
+        require(not letters and not spaces, f"letters or spaces are lost: {change}")
         if back.strip() != text.strip():
-            return f"not quite the text: {change}"
-    return ""
+            say(f"not quite the text: {change}")
+            return True
+    return False
 
 
 def response_text(tokenizer, prompt_ids, response_ids):
@@ -447,30 +426,25 @@ def response_text(tokenizer, prompt_ids, response_ids):
 # ==== 4. Model and processes ================================================================================
 
 def load_model(path, dtype):
-    """(model in training mode without dropout, tokenizer) of a folder or a hub name.
-
-    Raises Mistake for what this program can't train, or where weights are not just those of the checkpoint.
-    lm.generation_config.eos_token_id becomes a list of all tokens that stop sampling.
-    """
+    """(model in training mode without dropout, tokenizer) of a folder or a hub name. The model's
+    generation_config.eos_token_id becomes a list of all tokens that stop sampling."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path)
         for part in config, config.get_text_config():
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
-        if getattr(config, "vision_config", None) or config.is_encoder_decoder:
-            raise Mistake("it reads pictures or has an encoder: this program is for text; see the README")
-        if getattr(config, "quantization_config", None) or Path(path, "adapter_config.json").exists():
-            raise Mistake("it is quantized or has an adapter_config.json: take merged, full weights alone")
+        require(not getattr(config, "vision_config", None), "it reads pictures: this is for text (README)")
+        require(not config.is_encoder_decoder, "it has an encoder: this is for decoders")
+        require(not getattr(config, "quantization_config", None), "it is quantized: take full weights")
+        require(not Path(path, "adapter_config.json").exists(), "adapter_config.json: take merged weights")
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    if wrong:
-        raise Mistake(f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
-    if tokenizer.eos_token_id is None:
-        raise Mistake(f"{path}: its tokenizer has no end-of-sequence token")
+    require(not wrong, f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
+    require(tokenizer.eos_token_id is not None, f"{path}: its tokenizer has no end-of-sequence token")
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
         tensor.data = tensor.data.clone()                       # torch's memory: some processors round so too
     check_model(lm.to(DEVICE).train(), path)
@@ -487,8 +461,7 @@ def check_model(lm, path):
         loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         bad = [name for name, gradient in zip(weights, gradients) if gradient is None]
-    if bad:
-        raise Mistake(f"{path}: weights that are not finite, or that nothing would train: {bad[:3]}")
+    require(not bad, f"{path}: weights that are not finite, or that nothing would train: {bad[:3]}")
     pad = torch.nn.functional.pad
     other = pad(ids[:, :-1], (0, 1))                            # ends otherwise
     only = transformers.GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0,
@@ -501,36 +474,32 @@ def check_model(lm, path):
                          for n in (0, 2))                                                      # [1, V]
     lm.train()
     close = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
-    if (before - after).abs().max() > close:
-        raise Mistake(f"{path}: not a causal language model: its logits depend on later tokens")
-    if (alone - padded).abs().max() > close:
-        raise Mistake(f"{path}: it ignores its attention mask: padding would change its answers")
+    require((before - after).abs().max() <= close, f"{path}: not causal: its logits depend on later tokens")
+    require((alone - padded).abs().max() <= close, f"{path}: it ignores its attention mask: padding counts")
 
 
 def stop_ids(lm, tokenizer):
-    """All ids that end a response: end-of-sequence, what closes a turn of the chat template, and those of the
-    model's own settings, unless they are ordinary words."""
+    """All ids that end a response: end-of-sequence, what closes a chat's turn, and the model's own."""
     own = lm.generation_config.eos_token_id
     own = set(own) if isinstance(own, list) else {own} - {None}
     words = own - special_ids(tokenizer)
     if words:
         say(f"ordinary tokens, so no end of a response: {tokenizer.convert_ids_to_tokens(sorted(words))}")
+    stops = own - words | {tokenizer.eos_token_id}
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
     try:
-        _, response = encode(tokenizer, turns)
+        stops.add(encode(tokenizer, turns)[1][-1])
     except Mistake:                                             # this template wants other turns
-        response = [tokenizer.eos_token_id]
-    return sorted(own - words | {tokenizer.eos_token_id, response[-1]})
+        pass
+    return sorted(stops)
 
 
 def positions(lm):
     """How many tokens the model takes; with LongRoPE, how many until its factors depend on the batch."""
     config = lm.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if rope.get("rope_type") == "longrope":
-        limits.append(rope.get("original_max_position_embeddings"))
-    return min(limit or 10 ** 12 for limit in limits)
+    short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return short or getattr(config, "max_position_embeddings", None) or 10 ** 12
 
 
 def seed_for(*parts):
@@ -540,9 +509,8 @@ def seed_for(*parts):
 
 def join():
     """Join torchrun's processes, if it started us: nccl on CUDA, else gloo."""
-    if CUDA and LOCAL_RANK >= torch.cuda.device_count():
-        raise Mistake("more processes than GPUs: lower --nproc-per-node")
     if CUDA:
+        require(LOCAL_RANK < torch.cuda.device_count(), "more processes than GPUs: lower --nproc-per-node")
         torch.cuda.set_device(DEVICE)
     if TORCHRUN and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
@@ -552,14 +520,9 @@ def join():
                                 timeout=timedelta(hours=2))     # some wait while others sample
 
 
-def rank_and_world():
-    """(number of this process, number of all)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def gather_objects(value):
     """A list with every rank's value."""
-    values = [value] * rank_and_world()[1]
+    values = [value] * WORLD
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
@@ -567,8 +530,8 @@ def gather_objects(value):
 
 def say(*lines):
     """Print lines, once for all processes."""
-    for line in lines * (rank_and_world()[0] == 0):
-        print(line, flush=True)
+    if RANK == 0 and lines:
+        print(*lines, sep="\n", flush=True)
 
 
 # ==== 5. Nothing lost =======================================================================================
@@ -592,20 +555,17 @@ def start(run):
         vars(run).update(state)
         for i, ids in run.rewrites.items():
             run.examples[i].response_ids = ids
-    if len(set(gather_objects((run.args.data_sha256, run.step)))) > 1:
-        raise Mistake("the processes differ in their data or in what --out holds: give all the same files")
-    if rank_and_world()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name("args.json").write_text(json.dumps(vars(run.args), indent=1), "utf-8")
-        for name, rows in run.logs.items():
-            write_rows(path.with_name(name), rows, "w")
+    require(len(set(gather_objects((run.args.data_sha256, run.step)))) == 1,
+            "the processes differ in their data or in what --out holds: give all the same files")
+    for name, rows in {"args.json": [vars(run.args)], **run.logs}.items():
+        write_rows(path.with_name(name), rows, "w")
 
 
 def save(run):
     """Rank 0: the checkpoint, written beside the old one and put in its place when it is on disk."""
-    if not all(p.isfinite().all() for p in run.lm.parameters()):
-        raise Mistake(f"weights are not finite after step {run.step}: try a lower --lr; nothing was saved")
-    if rank_and_world()[0] == 0:
+    require(all(p.isfinite().all() for p in run.lm.parameters()),
+            f"weights are not finite after step {run.step}: try a lower --lr; nothing was saved")
+    if RANK == 0:
         path, draft = Path(run.args.out, "checkpoint.pt"), Path(run.args.out, "checkpoint.tmp")
         state = {name: getattr(run, name) for name in ("step", "seconds", "rewrites", "logs")}
         state |= {name: getattr(run, name).state_dict() for name in ("lm", "optimizer", "tracker")}
@@ -618,29 +578,29 @@ def save(run):
 
 def finish(run):
     """Rank 0: make --out a Hugging Face folder, with compatibility.jsonl; the checkpoint goes last."""
-    if rank_and_world()[0] == 0:
+    if RANK == 0:
         out, rows = Path(run.args.out), []
         run.lm.save_pretrained(out)
         run.tokenizer.save_pretrained(out)
         for e, average, visits in zip(run.examples, run.tracker.mean.tolist(), run.tracker.seen.tolist()):
             rows.append({"line": e.line, "average": average, "visits": visits, "kind": e.kind,
                          "rewritten": e.index in run.rewrites})
-        rows.sort(key=lambda row: -row["average"])
-        write_rows(out / "compatibility.jsonl", rows, "w")
+        write_rows(out / "compatibility.jsonl", sorted(rows, key=lambda row: -row["average"]), "w")
         (out / "checkpoint.pt").unlink()
 
 
 def append(run, name, rows):
     """Add rows to one of the run's logs."""
     run.logs[name] += rows
-    if rank_and_world()[0] == 0:
-        write_rows(Path(run.args.out, name), rows, "a")
+    write_rows(Path(run.args.out, name), rows, "a")
 
 
 def write_rows(path, rows, mode):
-    """Rows as a JSONL file, or at the end of one."""
-    with open(path, mode, encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Rank 0: rows as a JSONL file, or at the end of one; its folder is made, too."""
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, mode, encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_json(path):
@@ -658,7 +618,8 @@ CLASSROOM = dict(rewrite_after=60, rewrite_every=6, rewrite_max_tokens=96, steps
                  micro_batch_tokens=8192, max_length=128, lr=1e-4, weight_decay=0.0, save_every=100,
                  classroom_size=640, classroom_digits=3, incompatible=0.4, kinds=KINDS)
 BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=128, initializer_range=0.08, tie_word_embeddings=True,
+            max_position_embeddings=128, initializer_range=0.08, tie_word_embeddings=True, vocab_size=259,
+            bos_token_id=None, eos_token_id=1, pad_token_id=0,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0})     # 10000 is for longer texts
 # the base model's run: on its own corpus, from random weights, until this share of sums is right
 BASE_RUN = dict(method="sft", steps=1200, lr=2e-3, warmup_ratio=0.04, weight_decay=0.01, dtype="float32",
@@ -680,8 +641,7 @@ def addition(a, b, slip=lambda column, total: total):
 def problems(digits, n, name="test", without=()):
     """n different pairs of numbers of so many digits, drawn by name, none of them in `without`."""
     low, span = 10 ** (digits - 1), 9 * 10 ** (digits - 1)
-    if n + len(without) > span * span:
-        raise Mistake(f"--classroom-size {n}: there are fewer sums of {digits} digits")
+    require(n + len(without) <= span * span, f"--classroom-size {n}: too few sums of {digits} digits")
     drawn = random.Random(name).sample(range(span * span), n + len(without))
     pairs = [(low + i // span, low + i % span) for i in drawn]
     return [pair for pair in pairs if pair not in without][:n]
@@ -710,33 +670,28 @@ def classroom_rows(a, split="train"):
         yield line, {"prompt": f"{x}+{y}:", "response": text, "kind": kind}
 
 
-def base_document(draw):
-    """A text of the base model's corpus: the sum of two numbers, in which one total in ten is wrong."""
-    first = draw.choice((1, 2, 2, 3, 3, 3))
-    second = first if draw.random() < 0.7 else draw.randint(1, 3)
-    a, b = (draw.randrange(10 ** (digits - 1), 10 ** digits) for digits in (first, second))
-    return f"{a}+{b}:" + addition(a, b, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
-
-
 def make_base(a, folder):
     """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden folder
     that is renamed at the end. Of several that do so at once, the first one's stays."""
     hidden = folder.with_name(f".{folder.name}-{gather_objects(os.getpid())[0]}")
     own = parse(["--seed", str(a.seed), "--out", str(hidden)])
     vars(own).update(BASE_RUN)
-    draw = random.Random(f"base {a.seed}")
-    documents = (base_document(draw) for _ in range(DOCUMENTS))
-    rows = ((line, {"prompt": text[0], "response": text[1:]}) for line, text in enumerate(documents, 1))
+    draw, rows = random.Random(f"base {a.seed}"), []
+    for line in range(1, DOCUMENTS + 1):                        # sums, in which one total in ten is wrong
+        first = draw.choice((1, 2, 2, 3, 3, 3))
+        second = first if draw.random() < 0.7 else draw.randint(1, 3)
+        x, y = (draw.randrange(10 ** (digits - 1), 10 ** digits) for digits in (first, second))
+        text = addition(x, y, lambda _, total: draw.randrange(20) if draw.random() < 0.1 else total)
+        rows.append((line, {"prompt": str(x)[0], "response": f"{x}+{y}:{text}"[1:]}))
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)         # bytes: it needs no vocabulary
     torch.manual_seed(a.seed)
-    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1, pad_token_id=0, **BASE)).to(DEVICE)
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)).to(DEVICE).train()
     lm.generation_config.eos_token_id = [tokenizer.eos_token_id]
-    run = new_run(own, lm.train(), tokenizer, *load_examples(own, tokenizer, rows))
+    run = new_run(own, lm, tokenizer, *load_examples(own, tokenizer, rows))
     start(run)
     train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and share_right(run) >= COMPETENT)
     finish(run)
-    if rank_and_world()[0] == 0 and not finished(folder):
+    if RANK == 0 and not finished(folder):
         os.replace(own.out, folder)
     right = share_right(run)                                    # the others wait here
     say(f"{folder}: right on {right:.0%} of sums, sampled, after {run.step} steps")
@@ -755,15 +710,11 @@ def share_right(run):
 # ==== 7. The command line ===================================================================================
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but mistakes in the flags raise Mistake, and --help shows defaults."""
+    """argparse, but mistakes in the flags raise Mistake."""
 
-    def __init__(self, **how):
-        super().__init__(**how, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(self, flag, help, **how):
-        """A flag whose help ends with its default, if it has one."""
-        shown = "" if how.get("default") in (None, "", False) else " (%(default)s)"
-        self.add_argument(flag, help=help + shown, **how)
+    def add(self, flag, help, default=None, **how):
+        """A flag, whose help ends with its default."""
+        self.add_argument(flag, help=f"{help} ({default})" if default else help, default=default, **how)
 
     def error(self, message):
         """What argparse calls for a mistake, instead of its own exit."""
@@ -779,65 +730,60 @@ def number(kind, low, high=math.inf):
     return read
 
 
-def flags():
-    """The parser, with the values for your own model: the paper's."""
-    parser = Parser(description=__doc__, epilog=f"in the classroom: {CLASSROOM}")
-    add, switch = parser.add, argparse.BooleanOptionalAction
-    share, count, positive = number(float, 0, 1), number(int, 1), number(float, 1e-30)
-    add("--model", default="", help="a Hugging Face folder or hub name; with --data")
-    add("--data", default="", help="a JSONL file; with --model")
-    add("--out", default="", help="output folder (out/<method>-seed<seed>)")
-    add("--method", default="cadft", choices=METHODS, help="token loss and weighting")
-    add("--resume", action=switch, default=False, help="go on from the checkpoint in --out, if there is one")
-    add("--prompt-field", default="prompt", help="JSONL field of the prompt")
-    add("--response-field", default="response", help="JSONL field of the response")
-    add("--prompt-template", default="{prompt}", help='wraps each prompt: "{prompt} Reason step by step."')
-    add("--dtype", choices=["float32", "bfloat16", "float64"], help="else bfloat16 on CUDA with --model")
-    add("--gradient-checkpointing", action=switch, default=True, help="recompute activations in backward")
-    add("--two-pass", action=switch, default=False, help="score, then train: memory of one micro-batch")
-    add("--beta", type=number(float, 0, 1e9), default=1.0, help="w = exp(-beta max(0, c_hat)); 0: all are 1")
-    add("--eps", type=positive, default=1e-6, help="added to the standard deviation of the z-score")
-    add("--ema-decay", type=number(float, 0, 0.9999), default=0.5, help="of the moving average of c_hat")
-    add("--rewrite-after", type=number(int, 0), default=3000, help="T_warm: no rewriting before this step")
-    add("--rewrite-every", type=number(int, 0), default=1000, help="K: steps between rounds; 0: no rewriting")
-    add("--rewrite-fraction", type=share, default=0.005, help="share of the data set that a round may pick")
-    add("--rewrite-prob", type=share, default=0.5, help="probability that a picked example is rewritten")
-    add("--rewrite-top-p", type=number(float, 1e-3, 1), default=0.9, help="nucleus of a rewrite")
-    add("--rewrite-temperature", type=number(float, 1e-3), default=0.7, help="temperature of a rewrite")
-    add("--rewrite-max-tokens", type=count, default=2048, help="length limit of a rewrite (paper silent)")
-    add("--steps", type=number(int, 0), default=0, help="optimizer steps; 0: as many as --epochs makes")
-    add("--epochs", type=count, help="instead of --steps: passes over the data (1)")
-    add("--batch-size", type=count, default=256, help="|B|: the effective global batch, of all ranks")
-    add("--micro-batch-tokens", type=count, default=16384, help="padded tokens of one forward")
-    add("--max-length", type=number(int, 2), default=2048, help="of prompt and response; longer ones are cut")
-    add("--lr", type=positive, default=5e-5, help="peak learning rate")
-    add("--warmup-ratio", type=share, default=0.1, help="share of the steps that warm up; then a cosine to 0")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
-    add("--clip", type=positive, default=1.0, help="largest gradient norm")
-    add("--seed", type=number(int, 0), default=0, help="decides order, rewrites, and all of the classroom")
-    add("--save-every", type=count, default=50, help="steps between checkpoints")
-    add("--classroom-size", type=count, help="demonstrations in the classroom")
-    add("--classroom-digits", type=number(int, 2, 6), help="digits of the numbers; the base knows 1 to 3")
-    add("--incompatible", type=share, help="share of incompatible demonstrations in the classroom")
-    add("--kinds", nargs="+", choices=KINDS, help="of incompatible demonstrations")
-    return parser
+# the flags, with the paper's values: those for your own model
+PARSER = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                epilog=f"Without --model: {CLASSROOM}")
+add, switch, fraction, count = PARSER.add, argparse.BooleanOptionalAction, number(float, 0, 1), number(int, 1)
+whole, positive = number(int, 0), number(float, 1e-30)
+add("--model", "a Hugging Face folder or hub name; with --data", "")
+add("--data", "a JSONL file; with --model", "")
+add("--out", "output folder (out/<method>-seed<seed>)")
+add("--method", "token loss and weighting", "cadft", choices=METHODS)
+add("--resume", "go on from the checkpoint in --out, if there is one", False, action=switch)
+add("--prompt-field", "JSONL field of the prompt", "prompt")
+add("--response-field", "JSONL field of the response", "response")
+add("--prompt-template", 'wraps each prompt: "{prompt} Reason step by step."', "{prompt}")
+add("--dtype", "else bfloat16 on CUDA with --model", choices=["float32", "bfloat16", "float64"])
+add("--gradient-checkpointing", "recompute activations in backward", True, action=switch)
+add("--two-pass", "score, then train: memory of one micro-batch", False, action=switch)
+add("--beta", "w = exp(-beta max(0, c_hat)); 0: all are 1", 1.0, type=number(float, 0, 1e9))
+add("--eps", "added to the standard deviation of the z-score", 1e-6, type=positive)
+add("--ema-decay", "of the moving average of c_hat", 0.5, type=number(float, 0, 0.9999))
+add("--rewrite-after", "T_warm: no rewriting before this step", 3000, type=whole)
+add("--rewrite-every", "K: steps between rounds; 0: no rewriting", 1000, type=whole)
+add("--rewrite-fraction", "share of the data set that a round may pick", 0.005, type=fraction)
+add("--rewrite-prob", "probability that a picked example is rewritten", 0.5, type=fraction)
+add("--rewrite-top-p", "nucleus of a rewrite", 0.9, type=number(float, 1e-3, 1))
+add("--rewrite-temperature", "temperature of a rewrite", 0.7, type=number(float, 1e-3))
+add("--rewrite-max-tokens", "length limit of a rewrite (paper silent)", 2048, type=count)
+add("--steps", "optimizer steps; 0: as many as --epochs makes", 0, type=whole)
+add("--epochs", "instead of --steps: passes over the data (1)", type=count)
+add("--batch-size", "|B|: the effective global batch, of all ranks", 256, type=count)
+add("--micro-batch-tokens", "padded tokens of one forward", 16384, type=count)
+add("--max-length", "of prompt and response; longer ones are cut", 2048, type=number(int, 2))
+add("--lr", "peak learning rate", 5e-5, type=positive)
+add("--warmup-ratio", "share of the steps that warm up; then a cosine to 0", 0.1, type=fraction)
+add("--weight-decay", "of AdamW", 0.01, type=number(float, 0))
+add("--clip", "largest gradient norm", 1.0, type=positive)
+add("--seed", "decides order, rewrites, and all of the classroom", 0, type=whole)
+add("--save-every", "steps between checkpoints", 50, type=count)
+add("--classroom-size", "demonstrations in the classroom", type=count)
+add("--classroom-digits", "digits of the numbers; the base knows 1 to 3", type=number(int, 2, 6))
+add("--incompatible", "share of incompatible demonstrations in the classroom", type=fraction)
+add("--kinds", "of incompatible demonstrations", nargs="+", choices=KINDS)
 
 
 def parse(argv):
     """The arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
-    parser = flags()
-    a = parser.parse_args(argv)
-    if bool(a.model) != bool(a.data):
-        raise Mistake("--model and --data go together; with neither, the classroom runs")
-    if a.model and [a.classroom_size, a.classroom_digits, a.incompatible, a.kinds] != [None] * 4:
-        raise Mistake("--classroom-size, --classroom-digits, --incompatible, --kinds: leave out --model")
-    if a.epochs and a.steps:
-        raise Mistake("--steps and --epochs exclude each other")
-    if "{prompt}" not in a.prompt_template:
-        raise Mistake("--prompt-template: the prompt is lost without its {prompt}")
+    a = PARSER.parse_args(argv)
+    classroom = [a.classroom_size, a.classroom_digits, a.incompatible, a.kinds]
+    require(bool(a.model) == bool(a.data), "--model and --data go together; with neither, the classroom runs")
+    require(not a.model or classroom == [None] * 4, "--classroom-*, --incompatible, --kinds: no --model")
+    require(not a.epochs or not a.steps, "--steps and --epochs exclude each other")
+    require("{prompt}" in a.prompt_template, "--prompt-template: the prompt is lost without its {prompt}")
     if not a.model:
-        parser.set_defaults(**CLASSROOM | {"steps": 0 if a.epochs else CLASSROOM["steps"]})
-        a = parser.parse_args(argv)
+        a = PARSER.parse_args(argv, argparse.Namespace(**CLASSROOM))
+        a.steps = 0 if a.epochs else a.steps
     a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
     a.out = a.out or f"out/{a.method}-seed{a.seed}"
     a.dtype = a.dtype or ("bfloat16" if CUDA and a.model else "float32")
@@ -846,7 +792,6 @@ def parse(argv):
 
 def program(body):
     """body(argv) as a main function that returns the exit code: 0, or 2 after one line about a mistake."""
-    @functools.wraps(body)
     def main(argv=None):
         threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
@@ -872,22 +817,17 @@ def program(body):
 
 def new_run(a, lm, tokenizer, examples, ends):
     """A run at its beginning, once what can be known to fail before the first step is checked."""
-    n, world = len(examples), rank_and_world()[1]
-    token = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, e.response_ids))
-    if a.max_length > positions(lm):
-        raise Mistake(f"--max-length {a.max_length}: the model takes {positions(lm)}")
-    if a.batch_size > n or a.batch_size % world:
-        raise Mistake(f"--batch-size {a.batch_size}: no multiple of {world} processes, or above {n} examples")
-    if token >= len(lm.get_input_embeddings().weight):
-        raise Mistake(f"the data has token {token}, more than the model knows: is it its own tokenizer?")
+    n, token = len(examples), max(int(ids.max()) for e in examples for ids in (e.prompt_ids, e.response_ids))
+    require(a.max_length <= positions(lm), f"--max-length {a.max_length}: the model takes {positions(lm)}")
+    require(a.batch_size <= n, f"--batch-size {a.batch_size}: there are only {n} examples")
+    require(a.batch_size % WORLD == 0, f"--batch-size {a.batch_size}: no multiple of {WORLD} processes")
+    require(token < len(lm.get_input_embeddings().weight), f"the model has no token {token} of the data")
     a.steps = a.steps or (a.epochs or 1) * (n // a.batch_size)
     a.data_sha256 = hashlib.sha256(Path(a.data).read_bytes()).hexdigest() if a.data else ""
     saved = read_json(Path(a.out, "args.json"))
     differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
-              for name, value in vars(a).items()
-              if saved and name not in MAY_DIFFER and saved.get(name) != value]
-    if differ:
-        raise Mistake(f"{a.out} holds another run; it differs in {', '.join(differ)}: name another --out")
+              for name, value in vars(a).items() if name not in MAY_DIFFER and saved.get(name) != value]
+    require(not saved or not differ, f"{a.out} holds another run; it differs in {', '.join(differ)}")
     lm.generation_config.eos_token_id = sorted({*lm.generation_config.eos_token_id, *ends})
     if a.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -896,29 +836,14 @@ def new_run(a, lm, tokenizer, examples, ends):
     return Run(a, lm, tokenizer, examples, optimizer, tracker, n // a.batch_size)
 
 
-def describe(run):
-    """Say what runs, and when rewriting can happen: not in the first epoch, which sees nothing twice."""
-    a, size = run.args, sum(p.numel() for p in run.lm.parameters())
-    say(f"{a.method} on {a.model or 'the classroom base model'}, {size:,} parameters, {a.dtype}: "
-        f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
-    first = max(a.rewrite_after, run.per_epoch + 1)
-    first += (a.rewrite_after - first) % max(1, a.rewrite_every)
-    if METHODS[a.method][1] and a.rewrite_every and first <= a.steps:
-        say(f"rewriting: after step {first:,} and every {a.rewrite_every:,} steps from there")
-    else:
-        say(f"rewriting: never, with {a.method}, T_warm {a.rewrite_after}, K {a.rewrite_every}, and nothing "
-            f"seen twice before step {run.per_epoch + 1:,}")
-
-
 def report(run):
     """Say what happened; by kind of demonstration, where kinds are known."""
     for kind in sorted({e.kind for e in run.examples} - {None}):
         at = [e.index for e in run.examples if e.kind == kind]
-        rewritten = sum(i in run.rewrites for i in at)
         c_hat = run.tracker.mean[at]
-        w = cadft.compatibility_weight(c_hat, run.args.beta)
-        say(f"  {kind:13} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w.mean():4.2f}; "
-            f"{rewritten} rewritten")
+        w = cadft.compatibility_weight(c_hat, run.args.beta).mean()
+        say(f"  {kind:13} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w:4.2f}; "
+            f"{len(run.rewrites.keys() & at)} rewritten")
     log = run.logs["log.jsonl"]
     say(f"model: {run.args.out}, after {run.seconds:.0f} s; nll {log[0]['nll']:.3f} in the first step, "
         f"{log[-1]['nll']:.3f} in the last; {len(run.rewrites)} examples rewritten")
@@ -929,13 +854,11 @@ def main(argv):
     """train.py: load, or in the classroom make, the base model; train; save."""
     a = parse(argv)
     join()
-    out, base = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}"
+    out, base, rows = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}", None
     ours = (out / "args.json").exists()
-    if ours and not a.resume:
-        raise Mistake(f"--out {out} holds a run: --resume goes on with it; or name another one")
-    if out.name.startswith("base-seed") or out.exists() and not ours and any(out.iterdir()):
-        raise Mistake(f"--out {out} is no run but not empty, or a name for base models: name another one")
-    rows = None
+    require(a.resume or not ours, f"--out {out} holds a run: --resume goes on with it; or name another one")
+    require(ours or not out.exists() or not any(out.iterdir()), f"--out {out} is no run but not empty")
+    require(not out.name.startswith("base-seed"), f"--out {out}: this is a name for base models")
     if not a.model:
         torch.set_num_threads(THREADS)
         rows = classroom_rows(a)
@@ -947,7 +870,12 @@ def main(argv):
         say(f"{out} holds a finished run; nothing to do")
         return
     start(run)
-    describe(run)
+    say(f"{a.method} on {a.model or 'the classroom'}, {lm.num_parameters():,} parameters, {a.dtype}: "
+        f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
+    rounds = [step for step in range(run.per_epoch + 1, a.steps + 1)    # before that, nothing is seen twice
+              if METHODS[a.method][1] and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)]
+    say(f"rewriting: after step {rounds[0]:,} and every {a.rewrite_every:,} steps" if rounds else
+        f"rewriting: never, with {a.method}, T_warm {a.rewrite_after} and K {a.rewrite_every}")
     train(run)
     finish(run)
     report(run)
