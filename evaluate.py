@@ -1,30 +1,25 @@
 """Sample answers, grade them, compare runs: did it get better, than what, by how much, and how sure is that?
 
-    python evaluate.py                                 every finished run under out/, on the classroom's sums
-    python evaluate.py RUN ... --against dft           these folders or hub names, compared to one row
-    python evaluate.py RUN ... --data A.jsonl B.jsonl  your own problems; of several files also the average
-    python evaluate.py --grade FILE.jsonl              grade answers that were sampled elsewhere
-    python evaluate.py RUN ... --gradients             gradient norms, second moments: the paper's argument
-    torchrun --nproc-per-node=8 evaluate.py ...        the same numbers, on eight processes
+    python evaluate.py                             every finished run under out/, on the classroom's sums
+    python evaluate.py RUN ... --data FILE ...     folders or hub names, on your own problems
+    python evaluate.py --grade FILE                grade answers that were sampled elsewhere
+    python evaluate.py RUN ... --gradients         gradient norms, second moments: the paper's argument
 
- 1. Correct: the answer ended with an end-of-sequence token and is the reference's. Cut off is wrong.
- 2. Average@k is the mean accuracy of k samples a problem; pass@k the share of problems with one right.
- 3. Runs out/NAME-seed0, out/NAME-seed1, ... are one row, NAME. Its standard error is over seeds, that of a
-    single run over problems (its k samples are not independent). Differences are paired in the same unit.
- 4. Each batch of samples has its own seed, made of --seed, the run's seed and the batch's number. So the
-    number of processes changes nothing. Another --batch-size draws other samples, as another --seed would.
-
-Dimensions: P problems, S runs of a row, M = 5 numbers of a problem, N demonstrations.
+Correct is an answer that ended and equals the reference; one that is cut off is wrong. Average@k is the mean
+accuracy of k samples a problem, pass@k the share of problems with one right. out/NAME-seed0, out/NAME-seed1,
+... are one row, NAME. Its standard error is over seeds, that of a single run over problems (its k samples are
+not independent); differences are paired in the same unit. Dimensions: P problems, M = 5 numbers of a problem.
 """
+import argparse
 import importlib
 import json
 import logging
 import math
 import os
 import re
-import threading
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -37,106 +32,45 @@ ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's 
 NUMBERS = ["greedy", "average", "any", "cut off", "tokens"]    # M: what is known of a problem
 
 
-# ==== Runs ==================================================================================================
+# ==== Runs and problems =====================================================================================
 
 def find_runs(paths):
-    """The runs named, or all finished ones under out/, as dicts of path, home, row, seed and args.
-
-    out/cadft-seed0 is seed 0 of row cadft. Rows of one name in two folders are kept apart by the folder's.
-    """
+    """The runs named, or all finished ones under out/: dicts of path, row, seed and args."""
     paths = paths or [path for path in sorted(Path("out").glob("[!.]*")) if train.finished(path)]
     if not paths:
         raise Mistake("out/ holds no finished run: python train.py makes one; or name a folder")
     runs = []
-    for path in dict.fromkeys(Path(os.path.normpath(path)) for path in paths):
+    for path in dict.fromkeys(map(Path, paths)):
         if path.exists() and not train.finished(path):
             raise Mistake(f"{path}: no finished model there (no config.json, or a checkpoint: see --resume)")
         if not path.exists() and (len(path.parts) > 2 or path.parts[0] == "out"):
             raise Mistake(f"{path}: no such folder; name that of a run, or a hub name")
         name = path.resolve().name if path.exists() else path.as_posix()
         row, seed = re.fullmatch("(.+?)(?:-seed([0-9]+))?", name).groups()
-        runs.append({"path": path.as_posix(), "home": path.parent.as_posix(), "row": row,
-                     "seed": seed and int(seed), "args": train.read_json(path / "args.json")})
-    homes = {(run["row"], run["home"]) for run in runs}
-    for run in runs:
-        if any(row == run["row"] and home != run["home"] for row, home in homes):
-            run["row"] = f"{run['home']}/{run['row']}"
+        runs.append({"path": path.as_posix(), "row": row, "seed": seed and int(seed),
+                     "args": train.read_json(path / "args.json")})
     return runs
 
 
 def differing_runs(runs):
-    """A line for each row whose runs differ in more than the seed, in their data above all."""
+    """A line for each row whose runs differ in more than the seed, in their data or folder above all."""
     lines = []
     for row in dict.fromkeys(run["row"] for run in runs):
-        args = [run["args"] for run in runs if run["row"] == row]
+        args = [run["args"] | {"folder": Path(run["path"]).parent} for run in runs if run["row"] == row]
         names = set().union(*args) - {*train.MAY_DIFFER, "seed"}
         differ = [name for name in sorted(names) if any(one.get(name) != args[0].get(name) for one in args)]
         if differ:
-            lines.append(f"row {row}: runs differ in {', '.join(differ)}; "
-                         "they are not seeds of one experiment")
+            lines.append(f"row {row}: not seeds of one experiment, they differ in {', '.join(differ)}")
     return lines
 
 
-# ==== Sampling ==============================================================================================
-
-def evaluate_run(run, files, a):
-    """Results of a run on {name: problems}; rank 0 writes the answers to eval-NAME.jsonl."""
-    lm, tokenizer = train.load_model(run["path"], torch.bfloat16 if train.CUDA and a.data else torch.float32)
-    folder, results = Path(run["path"]), []
-    if a.out or not folder.exists():
-        folder = Path(a.out or "out", run["path"].strip("/").replace("/", "--"))
-    for name, problems in files.items():
-        rows = sample_answers(lm.eval(), tokenizer, run, problems, a)
-        train.write_rows(folder / f"eval-{name}.jsonl", rows, "w")
-        results.append(result(run, name, rows))
-    return results
-
-
-def sample_answers(lm, tokenizer, run, problems, a):
-    """Rows of eval-NAME.jsonl, on every rank: a greedy answer and a.samples samples a problem, graded."""
-    template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
-    prompts = [encode_question(lm, tokenizer, problem, template) for problem in problems]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
-    greedy = [(i, "greedy") for i in order]
-    sampled = [(i, sample) for i in order for sample in range(a.samples)]
-    batches = [pairs[at:at + a.batch_size] for pairs in (greedy, sampled)
-               for at in range(0, len(pairs), a.batch_size)]                   # of (problem, sample)
-    stops, rows = lm.generation_config.eos_token_id, []                        # rows: (batch number, row)
-    mine = range(train.RANK, len(batches), train.WORLD)
-    for number in tqdm(mine, run["row"], unit="batch", disable=train.RANK > 0 or None):
-        asked = [prompts[i] for i, _ in batches[number]]
-        temperature = 0.0 if batches[number][0][1] == "greedy" else a.temperature
-        limit = min(a.max_tokens, train.positions(lm) - max(map(len, asked)))
-        seed = train.seed_for(a.seed, run["seed"], number)
-        new = cadft.nucleus_sample(lm, asked, stops, stops[0], limit, a.top_p, temperature, seed)
-        for (i, sample), prompt, ids in zip(batches[number], asked, new):
-            row = {"problem": i, "sample": sample, **problems[i]["row"], "tokens": len(ids)}
-            row["finished"] = ids[-1] in stops
-            row["response"] = train.response_text(tokenizer, prompt, ids[:-1] if row["finished"] else ids)
-            row["correct"] = grade(row)
-            rows.append((number, row))
-    gathered = [pair for part in train.gather_objects(rows) for pair in part]
-    return [row for _, row in sorted(gathered, key=lambda pair: pair[0])]
-
-
-def encode_question(lm, tokenizer, problem, template):
-    """The token ids of a problem's prompt, made as in training."""
-    try:
-        _, ids = train.written(tokenizer, train.wrap(problem["turns"], template), problem["tools"])
-    except Mistake as mistake:
-        raise Mistake(f"{problem['where']}: {mistake}") from mistake
-    room = train.positions(lm) - 1
-    if not 0 < len(ids) <= room:
-        raise Mistake(f"{problem['where']}: {len(ids)} tokens, but the model takes 1 to {room}: leave it out")
-    return list(ids)
-
-
-# ==== Problems ==============================================================================================
-
-def classroom_rows(digits):
-    """Yield (line, row) of 100 held-out sums, as train.read_jsonl does of a file."""
-    for line, (x, y) in enumerate(train.problems(digits, 100), 1):
-        yield line, {"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum"}
+def classroom(run, limit):
+    """{name: problems} of the 100 held-out sums of a run's classroom."""
+    digits = run["args"].get("classroom_digits") or 3
+    rows = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum"}
+            for x, y in train.problems(digits, 100)]
+    name = f"classroom-{digits}-digits"
+    return {name: load_problems(name, enumerate(rows[:limit], 1))}
 
 
 def load_problems(name, rows):
@@ -144,18 +78,16 @@ def load_problems(name, rows):
     problems = []
     for line, row in rows:
         where = f"{name}, line {line}"
-        turns, question = row.get("messages"), row.get("question", row.get("problem"))
-        if isinstance(question, str) and question.strip():
-            turns = [{"role": "user", "content": question}]
+        question = row.get("question", row.get("problem"))
+        turns = row.get("messages") or [{"role": "user", "content": question}]
         try:
-            last = max(i for i, turn in enumerate(turns) if turn["role"] == "user" and turn["content"])
-        except (TypeError, KeyError, ValueError):
+            asked = [i for i, turn in enumerate(turns) if turn["role"] == "user" and turn["content"].strip()]
+            turns = turns[:asked[-1] + 1]
+        except (TypeError, KeyError, IndexError, AttributeError):
             raise Mistake(f'{where}: needs text in "question" or "problem", or a user turn in "messages"')
-        told = {"question": turns[last]["content"], "reference": reference_of(row, where)}
-        told |= {"grader": row["grader"]} if "grader" in row else {}
-        problems.append({"where": where, "turns": turns[:last + 1], "tools": row.get("tools"), "row": told})
-    if not problems:
-        raise Mistake(f"{name}: no problem in it")
+        told = {"question": turns[-1]["content"], "reference": reference_of(row, where),
+                "grader": row.get("grader", "math")}
+        problems.append({"where": where, "turns": turns, "tools": row.get("tools"), "row": told})
     return problems
 
 
@@ -172,21 +104,45 @@ def reference_of(row, where):
     return ", ".join(texts)
 
 
-def grade_file(path):
-    """The result of answers sampled elsewhere; rows with one problem, question or prompt are its samples."""
-    rows = []
-    for line, row in train.read_jsonl(path):
-        if "passed" not in row:
-            row["reference"] = reference_of(row, f"{path}, line {line}")
-            if not isinstance(row.get("response"), str):
-                raise Mistake(f'{path}, line {line}: "response" is missing or not a string')
-        named = [row[field] for field in ("problem", "question", "prompt", "task_id") if field in row]
-        row["problem"] = json.dumps(named[0] if named else [line])
-        row["correct"] = grade(row)
-        rows.append(row)
-    if not rows:
-        raise Mistake(f"{path}: there is no answer in it")
-    return result({"path": path, "row": Path(path).stem, "seed": None}, Path(path).name, rows)
+# ==== Sampling ==============================================================================================
+
+def sample_answers(lm, tokenizer, run, problems, a):
+    """Rows of eval-NAME.jsonl, on every rank: a greedy answer and a.samples samples a problem, graded."""
+    template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
+    prompts = [encode_question(lm, tokenizer, problem, template) for problem in problems]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
+    batches = []                                                               # of (problem, sample)
+    for samples in ["greedy"], range(a.samples):
+        pairs = list(product(order, samples))
+        batches += [pairs[at:at + a.batch_size] for at in range(0, len(pairs), a.batch_size)]
+    rank, world = train.RANK, train.WORLD
+    stops, rows = lm.generation_config.eos_token_id, []
+    for number in tqdm(range(rank, len(batches), world), run["row"], unit="batch", disable=rank > 0 or None):
+        asked = [prompts[i] for i, _ in batches[number]]
+        temperature = 0.0 if batches[number][0][1] == "greedy" else a.temperature
+        limit = min(a.max_tokens, train.positions(lm) - max(map(len, asked)))
+        seed = train.seed_for(a.seed, run["seed"], number)
+        new = cadft.nucleus_sample(lm, asked, stops, stops[0], limit, a.top_p, temperature, seed)
+        for (i, sample), prompt, ids in zip(batches[number], asked, new):
+            row = {"problem": i, "sample": sample, **problems[i]["row"], "tokens": len(ids)}
+            row["finished"] = ids[-1] in stops
+            row["response"] = train.response_text(tokenizer, prompt, ids[:-1] if row["finished"] else ids)
+            row["correct"] = grade(row)
+            rows.append(row)
+    rows = [row for part in train.gather_objects(rows) for row in part]
+    return sorted(rows, key=lambda row: (row["problem"], str(row["sample"])))
+
+
+def encode_question(lm, tokenizer, problem, template):
+    """The token ids of a problem's prompt, made as in training."""
+    try:
+        _, ids = train.written(tokenizer, train.wrap(problem["turns"], template), problem["tools"])
+    except Mistake as mistake:
+        raise Mistake(f"{problem['where']}: {mistake}") from mistake
+    room = train.positions(lm) - 1
+    if not 0 < len(ids) <= room:
+        raise Mistake(f"{problem['where']}: {len(ids)} tokens, but the model takes 1 to {room}: leave it out")
+    return ids
 
 
 # ==== Grading ===============================================================================================
@@ -202,13 +158,11 @@ def grade(row):
 def is_correct(response, reference):
     """Whether the answer that a response ends with equals the reference, as math-verify understands them.
 
-    Equal spelling is equal; empty is never right. sympy computes what an answer says, for five seconds at
-    most: that limit is a signal, which only the main thread of a Unix process gets. Elsewhere there is none.
+    sympy computes what they say, for five seconds at most: by a signal, so in the main thread, on Unix alone.
     """
     library = needed("math_verify", "math-verify")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    alarm = os.name == "posix" and threading.current_thread() is threading.main_thread()
-    seconds = 5 if alarm else None
+    seconds = 5 if os.name == "posix" else None
     answer, reference = extract_answer(response)[-500:], str(reference)[:500]
     whole = answer == str(response).split("</think>")[-1].strip()[-500:]
     spelt, wanted = (re.sub(r"[\s$]", "", text) for text in (answer, reference))
@@ -217,8 +171,8 @@ def is_correct(response, reference):
     # 4.5e33 would be 4.5 times Euler's e times 33
     answer, reference = (re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)", r" \\cdot 10^{\1}", text)
                          for text in (answer, reference))
-    sentence = whole and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", answer)
     gold = library.parse(f"${reference}$", parsing_timeout=seconds)
+    sentence = whole and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", answer)
     found = library.parse(answer if sentence else f"${answer}$", parsing_timeout=seconds)
     if not library.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
         return False
@@ -264,170 +218,148 @@ def needed(module, package):
         raise Mistake(f"{package} is needed for this: pip install {package}") from None
 
 
-# ==== Numbers ===============================================================================================
-# An estimate is [2, M]: means and standard errors of the numbers; nan is what is not known.
+def grade_file(path):
+    """The result of answers sampled elsewhere; rows of one problem (or question, ...) are its samples."""
+    rows = []
+    for line, row in train.read_jsonl(path):
+        where = f"{path}, line {line}"
+        if "passed" not in row:
+            row["reference"] = reference_of(row, where)
+            if not isinstance(row.get("response"), str):
+                raise Mistake(f'{where}: "response" is missing or not a string')
+        names = [row[field] for field in ("problem", "question", "prompt", "task_id") if field in row]
+        row["problem"] = json.dumps(names[:1] or line)
+        row["correct"] = grade(row)
+        rows.append(row)
+    return result({"path": path, "row": Path(path).stem, "seed": None}, Path(path).name, rows)
+
+
+# ==== Table and picture =====================================================================================
 
 def result(run, data, rows):
-    """What a run's graded answers say: run, data, k, and `each` [P, M], the numbers of each problem."""
-    problems, each, counts = {}, [], set()
+    """A run with what its graded answers say: data, k samples a problem, and `each` [P, M], the numbers."""
+    if not rows:
+        raise Mistake(f"{data}: there is no problem in it")
+    problems, each = {}, []
     for row in rows:
         problems.setdefault(row["problem"], []).append(row)
     for _, answers in sorted(problems.items()):
         greedy = [row["correct"] for row in answers if row.get("sample") == "greedy"]
         samples = [row for row in answers if row.get("sample") != "greedy"]
         right = [row["correct"] for row in samples]
-        cut = [row.get("finished") is False for row in samples or answers]
+        cut_off = [row.get("finished") is False for row in samples or answers]
         tokens = [row.get("tokens", math.nan) for row in samples or answers]
-        each.append([*(torch.tensor(x).double().mean() for x in (greedy, right)),
-                     max(right, default=math.nan), *(torch.tensor(x).double().mean() for x in (cut, tokens))])
-        counts.add(len(right))
-    k = "-".join(str(count) for count in sorted({min(counts), max(counts)}))   # "16"; of ragged files "3-4"
-    return {"run": run, "data": data, "k": k, "each": torch.tensor(each, dtype=torch.float64)}
+        each.append([fmean(greedy or [math.nan]), fmean(right or [math.nan]), max(right, default=math.nan),
+                     fmean(cut_off), fmean(tokens)])
+    k = sum(row.get("sample") != "greedy" for row in rows) / len(problems)
+    return run | {"data": data, "k": k, "each": torch.tensor(each, dtype=torch.float64)}
 
 
 def estimate(each):
-    """[S, P, M] -> [2, M]: means and standard errors, over runs; of a single run over its problems."""
-    values = each[0] if len(each) == 1 else each.mean(1)                       # [P, M] or [S, M]
-    n, mean = len(values), values.mean(0)
-    return torch.stack([mean, ((values - mean).square().sum(0) / (n * (n - 1))).sqrt()])       # n = 1: nan
+    """Of results [P, M], means and standard errors [2, M]: over runs; of a single one over its problems."""
+    if not each:
+        return torch.full((2, len(NUMBERS)), math.nan)
+    values = each[0] if len(each) == 1 else torch.stack([one.mean(0) for one in each])
+    variance = values.var(0, correction=0) / (len(values) - 1)                 # of one: nan
+    return torch.stack([values.mean(0), variance.sqrt()])
 
 
 def compare(results, against):
-    """A row of the table for each set of problems and name: estimates of its values, and of its difference
-    to row `against` over pairs of the same seed (a hub model has no seed: it meets them all)."""
+    """The table's rows: for each set of problems and name, estimates, also of the difference to `against`."""
     rows = []
-    named = {}                                                 # (data, name) -> results
-    for one in results:
-        named.setdefault((one["data"], one["run"]["row"]), []).append(one)
-    sets = [data for data, _ in named]
-    for data, name in sorted(named, key=lambda key: (sets.index(key[0]), [*ORDER, key[1]].index(key[1]))):
-        ours, theirs = named[data, name], named.get((data, against), [])
-        pairs = [one["each"] - other["each"] for one in ours for other in theirs if name != against
-                 and (one["run"]["seed"] == other["run"]["seed"]
-                      or None in (one["run"]["seed"], other["run"]["seed"]))]
-        rows.append({"data": data, "row": name, "k": ours[0]["k"], "problems": len(ours[0]["each"]),
-                     "runs": [one["run"] for one in ours],
-                     "values": estimate(torch.stack([one["each"] for one in ours])),
-                     "difference": estimate(torch.stack(pairs)) if pairs else torch.full((2, 5), math.nan)})
+    names = dict.fromkeys((one["data"], one["row"]) for one in results)
+    for data, name in sorted(names, key=lambda pair: (pair[0], [*ORDER, pair[1]].index(pair[1]))):
+        ours = [one for one in results if (one["data"], one["row"]) == (data, name)]
+        theirs = [one for one in results if (one["data"], one["row"]) == (data, against)]
+        pairs = []
+        for one, other in product(ours, theirs if name != against else []):
+            if one["seed"] == other["seed"] or None in (one["seed"], other["seed"]):   # a hub model has none
+                pairs.append(one["each"] - other["each"])
+        rows.append({"data": data, "row": name, "runs": ours, "difference": estimate(pairs),
+                     "values": estimate([one["each"] for one in ours])})
     return rows
 
 
-def average_of_files(rows):
-    """Rows with the plain mean over files, as in the paper's table; the files' errors are independent."""
-    averages = []
-    for name in dict.fromkeys(row["row"] for row in rows):
-        files = [row for row in rows if row["row"] == name]
-        total = {"data": f"average of {len(files)} files", "problems": sum(row["problems"] for row in files)}
-        for part in "values", "difference":
-            means, errors = torch.stack([row[part] for row in files], dim=1)   # [files, M] each
-            total[part] = torch.stack([means.mean(0), errors.norm(dim=0) / len(files)])
-        averages.append(files[0] | total)
-    return averages
-
-
 def table(rows, against):
-    """The rows as lines of text, with a head for each set of problems."""
-    lines, data, width = [], None, max(len(row["row"]) for row in rows)
+    """The rows as lines of text."""
+    k = format(rows[0]["runs"][0]["k"], "g")
+    lines = [["problems", "row", "seeds", "greedy", f"Average@{k}", f"pass@{k}", "cut off", "tokens",
+              f"greedy - {against}", f"Average - {against}"]]
     for row in rows:
-        if row["data"] != data:
-            data = row["data"]
-            heads = ["greedy", f"Average@{row['k']}", f"pass@{row['k']}", "cut off", "tokens", "seeds",
-                     f" greedy - {against}", f" Average - {against}"]
-            lines.append(f"{data}: {row['problems']} problems")
-            lines.append(" " * width + "".join(head.rjust(16) for head in heads))
-        cells = [percent(row["values"], i) for i in range(4)]
-        cells += [f"{row['values'][0, 4]:.1f}".replace("nan", "-"), f"{len(row['runs'])}"]
-        cells += [percent(row["difference"], i, "+") for i in (0, 1)]
-        lines.append(row["row"].ljust(width) + "".join(cell.rjust(16) for cell in cells))
+        runs, values, difference = row["runs"], row["values"], row["difference"]
+        lines.append([f"{len(runs[0]['each'])} {row['data']}", row["row"], str(len(runs)),
+                      *(percent(values, i) for i in range(4)), f"{values[0, 4]:.1f}",
+                      *(percent(difference, i, "+") for i in range(2))])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in lines]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
 def percent(numbers, i, sign=""):
-    """Number i of an estimate as text; "-" for nan."""
-    mean, error = (100 * numbers[:, i]).tolist()
-    return "-" if math.isnan(mean) else f"{mean:{sign}.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
+    """Number i of an estimate as text."""
+    value, error = (100 * numbers[:, i]).tolist()
+    return f"{value:{sign}.1f} ± {error:.1f}".replace(" ± nan", "").replace("+nan", "nan")
+
+
+def draw(path, rows):
+    """Two panels: w by kind in the last run with a log, each point a mean of ten steps; Average@k."""
+    picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(14, 6), layout="constrained")
+    weights, bars = picture.subplots(1, 2)
+    names = [f"{row['row']}\n{row['data']}" for row in rows]
+    heights, errors = 100 * torch.stack([row["values"][:, 1] for row in rows], dim=1)
+    bars.bar(names, heights.tolist(), yerr=errors.tolist())
+    bars.set(title="Average@k, percent, with standard errors")
+    logs = [Path(run["path"], "log.jsonl") for row in rows for run in row["runs"]]
+    logs = [log for log in logs if log.exists()]
+    lines = [line for log in logs[-1:] for _, line in train.read_jsonl(log)]
+    for kind in sorted(set().union(*(line["kinds"] for line in lines))):
+        curve = [(line["step"], line["kinds"][kind]["w"]) for line in lines if kind in line["kinds"]]
+        means = [part.mean(0).tolist() for part in torch.tensor(curve).double().split(10)]
+        weights.plot(*zip(*means), label=kind)
+    weights.set(title="weight w by kind of demonstration, in the last run", xlabel="step")
+    weights.legend(*weights.get_legend_handles_labels())
+    picture.savefig(path)
 
 
 # ==== Gradients =============================================================================================
 
-def gradient_study(runs, a):
-    """{row: {what: one number a run}}. The assumption: incompatible samples have large gradients. The claim:
-    weights lower E||g||^2. On demonstrations of --data, or on newly drawn sums like the run's own."""
-    found = {}
-    for run in tqdm(runs, "gradients", unit="run", disable=None):
-        own = train.parse(["--model", run["path"], "--data", a.data[0]] if a.data else [])
-        vars(own).update((name, value) for name, value in run["args"].items() if value is not None)
-        own.data, own.classroom_size = "".join(a.data), a.limit or 256
-        rows = train.read_jsonl(own.data) if a.data else train.classroom_rows(own, split="held back")
-        lm, tokenizer = train.load_model(run["path"], torch.float32)
-        examples, _ = train.load_examples(own, tokenizer, islice(rows, a.limit or 256))
-        c_raw, squared = gradient_norms(lm.eval(), [train.collate([example]) for example in examples])
-        c_hat = cadft.batch_zscore(c_raw, own.eps)                             # [N]
-        w = cadft.compatibility_weight(c_hat, own.beta)                        # [N]
-        numbers = {"demonstrations": len(examples)}
-        for loss, method in ("sft", "casft"), ("dft", "cadft"):
-            both = torch.stack([c_hat, squared[loss].sqrt()])                  # [2, N] c_hat, ||g||
-            for way, x in ("Pearson", both), ("Spearman", both.argsort().argsort().double()):
-                numbers[f"c_hat and ||g|| of {loss}, {way}"] = torch.corrcoef(x)[0, 1].item()
-            second = (w.square() * squared[loss]).mean() / squared[loss].mean()
-            numbers[f"E||w g||^2 / E||g||^2, {method}"] = second.item()
-        for name, value in numbers.items():
-            found.setdefault(run["row"], {}).setdefault(name, []).append(value)
-    return found
-
-
-def gradient_norms(lm, batches):
-    """Of N batches of one, in float64: c_raw [N], nats per token; ||g||^2 [N] of the SFT and the DFT loss."""
-    c_raw, squared = [], {"sft": [], "dft": []}
-    for batch in batches:
-        nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
+def gradient_study(run, path, limit):
+    """{what: number}. The assumption: incompatible samples have large gradients. The claim: weights lower
+    E||g||^2. On the N demonstrations in a file, or without one on newly drawn sums like the run's own."""
+    own = train.parse(["--model", run["path"], "--data", path] if path else [])
+    vars(own).update((name, value) for name, value in run["args"].items() if value is not None)
+    own.data, own.classroom_size = path, limit
+    rows = train.read_jsonl(path) if path else train.classroom_rows(own, split="held back")
+    lm, tokenizer = train.load_model(run["path"], torch.float32)
+    examples, _ = train.load_examples(own, tokenizer, islice(rows, limit))
+    c_raw, squared = [], {"sft": [], "dft": []}                                # squared: ||g||^2
+    for example in tqdm(examples, "gradients", disable=None):
+        batch = train.collate([example])
+        nll, mask = cadft.token_nll(lm.eval(), batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask).item())
-        for name, loss in ("sft", cadft.sft_loss), ("dft", cadft.dft_loss):
-            g = torch.autograd.grad(loss(nll, mask).sum(), list(lm.parameters()), retain_graph=name == "sft")
-            squared[name].append(sum(part.square().sum().item() for part in g))
-    return torch.tensor(c_raw).double(), {name: torch.tensor(x).double() for name, x in squared.items()}
-
-
-# ==== The picture ===========================================================================================
-
-def draw(path, rows):
-    """Two panels: w by kind in the last row with kinds, a mean over ten steps each; accuracy and errors."""
-    figure, style = needed("matplotlib.figure", "matplotlib"), needed("matplotlib.style", "matplotlib")
-    style.use(["tableau-colorblind10", {"font.size": 18, "lines.linewidth": 3, "legend.frameon": False}])
-    picture = figure.Figure(figsize=(20, 8), layout="constrained")
-    weights, bars = picture.subplots(1, 2)
-    rows = [row for row in rows if row["data"] == rows[0]["data"]]
-    last, curves = "", {}                                      # kind -> {middle of ten steps: values of w}
-    for row in rows:
-        logs = [Path(run["path"], "log.jsonl") for run in row["runs"]]
-        lines = [line for log in logs if log.exists() for _, line in train.read_jsonl(log)]
-        if any(line["kinds"] for line in lines):
-            last, curves = row["row"], {}
-        for line in lines:
-            for kind, numbers in line["kinds"].items():
-                middle = (line["step"] - 1) // 10 * 10 + 5.5
-                curves.setdefault(kind, {}).setdefault(middle, []).append(numbers["w"])
-    for kind, curve in sorted(curves.items()):
-        means = {step: sum(values) / len(values) for step, values in sorted(curve.items())}
-        weights.plot(list(means), list(means.values()), label=kind)
-    for i, share in enumerate(("greedy", "average")):
-        heights, errors = 100 * torch.stack([row["values"][:, i] for row in rows], dim=1)
-        places = [place + 0.4 * i - 0.2 for place in range(len(rows))]
-        bars.bar(places, heights.tolist(), 0.4, yerr=errors.tolist(), capsize=6, label=share)
-    bars.set_xticks(range(len(rows)), [row["row"] for row in rows])
-    weights.set(title=f"{last}: weight w by kind of demonstration", xlabel="step", ylim=(0, None))
-    bars.set(title="% right, with standard errors", ylim=(0, None))
-    weights.legend(*weights.get_legend_handles_labels())
-    bars.legend()
-    picture.savefig(path, dpi=100)
+        for name in squared:
+            loss = train.METHODS[name][0](nll, mask).sum()
+            gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
+            squared[name].append(sum(part.square().sum().item() for part in gradient))
+    c_hat = cadft.batch_zscore(torch.tensor(c_raw).double(), own.eps)          # [N]
+    w = cadft.compatibility_weight(c_hat, own.beta)                            # [N]
+    found = {"demonstrations": len(examples)}
+    for name, values in squared.items():
+        g2 = torch.tensor(values).double()                                     # [N] ||g||^2
+        both = torch.stack([c_hat, g2.sqrt()])                                 # [2, N] c_hat, ||g||
+        ranks = both.argsort().argsort().double()
+        found[f"c_hat and ||g|| of {name}, Pearson"] = torch.corrcoef(both)[0, 1].item()
+        found[f"c_hat and ||g|| of {name}, Spearman"] = torch.corrcoef(ranks)[0, 1].item()
+        found[f"E||w g||^2 / E||g||^2 of {name}"] = ((w.square() * g2).mean() / g2.mean()).item()
+    return found
 
 
 # ==== The command line ======================================================================================
 
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
-    number, raw = train.number, train.argparse.RawDescriptionHelpFormatter
-    parser = train.Parser(description=__doc__, formatter_class=raw)
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = train.number
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished runs under out/)")
     add("--data", nargs="+", default=[], metavar="FILE", help="JSONL files of problems")
@@ -439,7 +371,7 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of sampling; each run's own seed is mixed in (0)")
     add("--limit", type=number(int, 1), help="only the first so many problems (of --gradients: 256)")
     add("--prompt-template", help='wraps each question: "{prompt} Reason step by step." (the run\'s own)')
-    add("--against", metavar="ROW", help="the row that others are compared to (dft)")
+    add("--against", default="dft", metavar="ROW", help="the row that others are compared to (dft)")
     add("--out", help="folder for eval-NAME.jsonl (beside the model)")
     add("--grade", metavar="FILE", help="grade the responses in this JSONL file, sample nothing")
     add("--gradients", action="store_true", help="study gradients, sample nothing")
@@ -451,31 +383,31 @@ def parse(argv):
         raise Mistake("--prompt-template has no {prompt} in it: the question would be lost")
     if len({Path(path).stem for path in a.data}) < len(a.data):
         raise Mistake("--data: two files of one name; their eval-NAME.jsonl would overwrite each other")
-    if a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise Mistake(f"--plot {a.plot}: name a .png, .pdf or .svg file")
-    if a.grade and (a.runs or a.data or a.gradients):
-        raise Mistake(f"--grade reads answers from {a.grade} alone: leave out RUN, --data and --gradients")
     return a
 
 
 def measure(a):
-    """Sample and grade: the rows of the table."""
+    """Sample, grade and write eval-NAME.jsonl: the rows of the table."""
     if a.grade:
         return compare([grade_file(a.grade)], a.against)
     if a.data:
         needed("math_verify", "math-verify")                   # before anything is sampled
     files = {Path(path).stem: load_problems(path, islice(train.read_jsonl(path), a.limit)) for path in a.data}
-    runs, results = find_runs(a.runs), []
-    if a.against not in (None, *(run["row"] for run in runs)):
+    runs = find_runs(a.runs)
+    if a.against not in ("dft", *(run["row"] for run in runs)):
         raise Mistake(f"--against {a.against}: no such row, only {', '.join(run['row'] for run in runs)}")
-    for line in differing_runs(runs):
-        train.say(line)
+    train.say(*differing_runs(runs))
+    results, dtype = [], torch.bfloat16 if train.CUDA and a.data else torch.float32
     for run in runs:
-        name = f"classroom-{run['args'].get('classroom_digits') or 3}-digits"
-        sums = classroom_rows(run["args"].get("classroom_digits") or 3)
-        results += evaluate_run(run, files or {name: load_problems(name, islice(sums, a.limit))}, a)
-    rows = compare(results, a.against or "dft")
-    return rows + average_of_files(rows) if len(files) > 1 else rows
+        lm, tokenizer = train.load_model(run["path"], dtype)
+        folder = Path(run["path"])
+        if a.out or not folder.exists():
+            folder = Path(a.out or "out", run["path"].strip("/").replace("/", "--"))
+        for name, problems in (files or classroom(run, a.limit)).items():
+            rows = sample_answers(lm.eval(), tokenizer, run, problems, a)
+            train.write_rows(folder / f"eval-{name}.jsonl", rows, "w")
+            results.append(result(run, name, rows))
+    return compare(results, a.against)
 
 
 @train.program
@@ -486,19 +418,14 @@ def main(argv):
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     if a.gradients:
-        if train.WORLD > 1 or len(a.data) > 1:
-            raise Mistake("--gradients: in one process, without torchrun, and with one --data file at most")
-        for row, numbers in gradient_study(find_runs(a.runs), a).items():
-            train.say(row)
-            for name, values in numbers.items():
-                mean, error = estimate(torch.tensor(values).double()[:, None, None])[:, 0].tolist()
-                train.say(f"  {name:36} {mean:7.3g} ± {error:.2g}")
+        for run, path in product(find_runs(a.runs), a.data or [""]):
+            numbers = gradient_study(run, path, a.limit or 256)
+            train.say(f"{run['path']} {path}", *(f"  {name:36} {numbers[name]:7.3g}" for name in numbers))
         return
     if a.plot:
         needed("matplotlib.figure", "matplotlib")
-        Path(a.plot).parent.mkdir(parents=True, exist_ok=True)
     rows = measure(a)
-    train.say(*table(rows, a.against or "dft"))
+    train.say(*table(rows, a.against))
     if a.plot and train.RANK == 0:
         draw(a.plot, rows)
 

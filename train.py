@@ -837,13 +837,13 @@ def new_run(a, lm, tokenizer, examples, ends):
 
 
 def report(run):
-    """Say what happened; by kind of demonstration, where kinds are known."""
-    for kind in sorted({e.kind for e in run.examples} - {None}):
-        at = [e.index for e in run.examples if e.kind == kind]
+    """Say what happened; by kind of demonstration, if known. What is rewritten is a kind of its own."""
+    kind_of = {e.index: "rewritten" if e.index in run.rewrites else e.kind for e in run.examples if e.kind}
+    for kind in sorted(set(kind_of.values())):
+        at = [i for i, other in kind_of.items() if other == kind]
         c_hat = run.tracker.mean[at]
-        w = cadft.compatibility_weight(c_hat, run.args.beta).mean()
-        say(f"  {kind:13} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w:4.2f}; "
-            f"{len(run.rewrites.keys() & at)} rewritten")
+        w = cadft.compatibility_weight(c_hat, run.args.beta)
+        say(f"  {kind:15} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w.mean():4.2f}")
     log = run.logs["log.jsonl"]
     say(f"model: {run.args.out}, after {run.seconds:.0f} s; nll {log[0]['nll']:.3f} in the first step, "
         f"{log[-1]['nll']:.3f} in the last; {len(run.rewrites)} examples rewritten")
