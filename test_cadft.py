@@ -622,6 +622,9 @@ def test_prompt_and_response_are_what_the_template_writes_and_its_end_becomes_a_
     (BODY, {"reasoning_content": "lost"}, ("leaves out", "lost")),
     (BODY, {"tool_calls": [{"function": {"name": "add"}}]}, ("leaves out", "add")),
     (BODY.replace("{% for m in", "{% for m in messages[1:] if m in"), {}, ("leaves out", "user")),
+    ("1+\n3? add" + BODY, {"content": "", "tool_calls": [{"function": {"name": "add"}}]}, ("leaves", "add")),
+    (None, {"content": None, "reasoning_content": "4"}, ("leaves out",)),
+    (BODY, {"tool_calls": "x"}, ("list",)),
     (BODY, {"content": None}, ("empty",)), (BODY, {"content": ["4"]}, ("not text",)),
     ("{{ raise_exception('no') }}", {}, ("refuses", "no"))))
 def test_what_the_template_leaves_out_or_asks_otherwise_is_a_mistake(chat, given, words):
@@ -663,6 +666,17 @@ def test_untrained_weights_are_refused_longrope_limits_the_length_and_special_to
     lm.generation_config.eos_token_id = [2, 40]                # 40 is a letter
     lm, _ = train.load_model(folder(tmp_path / "m", lm), torch.float32)
     assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
+
+
+def test_settings_that_could_not_be_saved_at_the_end_go_and_a_tag_is_no_end(tmp_path):
+    odd = folder(tmp_path / "odd")
+    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": 2}
+    Path(odd, "generation_config.json").write_text(json.dumps(settings))
+    train.load_model(odd, torch.float32)[0].save_pretrained(tmp_path / "saved")
+    tokenizer = characters("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.add_tokens("</a>")
+    _, response = train.encode(tokenizer, [ASKED | {"content": "1"}, GIVEN | {"content": "2</a>"}])
+    assert tokenizer.convert_ids_to_tokens(response) == ["2", "</a>", "<eos>"]
 
 
 # ==== Nothing lost =========================================================================================

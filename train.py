@@ -344,7 +344,7 @@ def written(tokenizer, turns, tools=None, ask=True):
     without a template as bare text, with the tokenizer's own bos, if any."""
     if not tokenizer.chat_template:
         require(len(turns) <= 2 - ask, f"{len(turns)} turns, but the tokenizer has no chat template")
-        text = "".join(said(turn)[0] for turn in turns)
+        text = "".join(str(turn.get("content")) for turn in turns)
         ids = tokenizer(text)["input_ids"]
         return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     try:
@@ -361,18 +361,18 @@ def encode(tokenizer, turns, tools=None):
     """
     asked, prompt = written(tokenizer, turns[:-1], tools)
     whole, ids = written(tokenizer, turns, tools, ask=False)
-    squeezed = "".join(whole.split())                           # white space doesn't count
-    for turn in turns:
-        texts = said(turn)
-        if turn is not turns[-1]:
-            texts = [texts[0].split("</think>")[-1]]            # templates leave out earlier reasoning
-        for text in texts:
-            escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
-            require("".join(text.split()) in squeezed or "".join(escaped.split()) in squeezed,
-                    f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
     same = len(os.path.commonprefix([asked, whole]))
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
+    before, after = ("".join(text.split()) for text in (asked, whole))       # white space doesn't count
+    for turn in turns:
+        last = turn is turns[-1]
+        for text in said(turn, reasoning=last):
+            text = text if last else text.split("</think>")[-1]         # templates drop earlier reasoning
+            escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
+            forms = ["".join(form.split()) for form in (text, escaped)]
+            require(any(after.count(form) > before.count(form) if last else form in before for form in forms),
+                    f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
         response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
@@ -386,18 +386,23 @@ def encode(tokenizer, turns, tools=None):
 
 
 def special_ids(tokenizer):
-    """Ids that can end a response: special and added tokens, except for unknown words and runs of spaces."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    """Ids that can end a response: special and added tokens, but no unknown word, run of spaces or </tag>."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items()
+             if token.special or token.content.strip() and not token.content.startswith("</")}
     return (added | {*tokenizer.all_special_ids}) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
 
 
-def said(turn):
-    """What a turn says: its content, its reasoning, and the names of the tools that it calls."""
-    texts = [turn.get(name) for name in ("content", "reasoning_content", "reasoning", "thinking")]
-    texts += [call.get("function", call).get("name") for call in turn.get("tool_calls") or []]
+def said(turn, reasoning=True):
+    """What a turn says: its content, the names of the tools that it calls, and its reasoning."""
+    try:
+        calls = [call.get("function", call)["name"] for call in turn.get("tool_calls") or []]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Mistake('"tool_calls" must be a list of {"function": {"name", "arguments"}}') from error
+    texts = [turn.get("content"), *calls]
+    texts += [turn.get(name) for name in ("reasoning_content", "reasoning", "thinking") if reasoning]
     texts = [text for text in texts if text]
-    require(texts and all(isinstance(text, str) for text in texts),
-            f"a turn ({turn['role']}) is empty, or its content is not text")
+    require(texts or turn["role"] not in ("user", "assistant"), f"a turn ({turn['role']}) is empty")
+    require(all(isinstance(text, str) for text in texts), f"what the {turn['role']} says is not text")
     return texts
 
 
@@ -448,6 +453,10 @@ def load_model(path, dtype):
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
         tensor.data = tensor.data.clone()                       # torch's memory: some processors round so too
     check_model(lm.to(DEVICE).train(), path)
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:                                          # it could not be saved at the end
+        lm.generation_config = transformers.GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     lm.generation_config.eos_token_id = stop_ids(lm, tokenizer)
     return lm, tokenizer
 
