@@ -290,6 +290,7 @@ def table(rows, against):
         lines.append([f"{len(runs[0]['each'])} {row['data']}", row["row"], str(len(runs)),
                       *(percent(values, i) for i in range(4)), f"{values[0, 4]:.1f}",
                       *(percent(difference, i, "+") for i in range(2))])
+    lines = [["-" if cell.startswith("nan") else cell for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in lines]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
