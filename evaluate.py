@@ -304,22 +304,23 @@ def percent(numbers, i, sign=""):
 
 def draw(path, rows):
     """Two panels: w by kind in the last run with a log, each point a mean of ten steps; Average@k."""
-    picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(14, 6), layout="constrained")
+    picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
     weights, bars = picture.subplots(1, 2)
-    names = [f"{row['row']}\n{row['data']}" for row in rows]
+    rows = [row for row in rows if row["data"] == rows[0]["data"]]
+    names = [row["row"] for row in rows]
     heights, errors = 100 * torch.stack([row["values"][:, 1] for row in rows], dim=1)
     bars.bar(names, heights.tolist(), yerr=errors.tolist())
-    bars.set(title="Average@k, percent, with standard errors")
+    bars.set(title=f"Average@k on {rows[0]['data']}, percent")
     logs = [Path(run["path"], "log.jsonl") for row in rows for run in row["runs"]]
     logs = [log for log in logs if log.exists()]
     lines = [line for log in logs[-1:] for _, line in train.read_jsonl(log)]
     for kind in sorted(set().union(*(line["kinds"] for line in lines))):
         curve = [(line["step"], line["kinds"][kind]["w"]) for line in lines if kind in line["kinds"]]
         means = [part.mean(0).tolist() for part in torch.tensor(curve).double().split(10)]
-        weights.plot(*zip(*means), label=kind)
-    weights.set(title="weight w by kind of demonstration, in the last run", xlabel="step")
+        weights.plot(*zip(*means), label=kind, linewidth=3)
+    weights.set(title="w by kind of demonstration, last run", xlabel="step", ylim=(0, 1.05))
     weights.legend(*weights.get_legend_handles_labels())
-    picture.savefig(path)
+    picture.savefig(path, dpi=160)
 
 
 # ==== Gradients =============================================================================================
