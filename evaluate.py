@@ -288,18 +288,19 @@ def table(rows, against):
     for row in rows:
         runs, values, difference = row["runs"], row["values"], row["difference"]
         lines.append([f"{len(runs[0]['each'])} {row['data']}", row["row"], str(len(runs)),
-                      *(percent(values, i) for i in range(4)), f"{values[0, 4]:.1f}",
+                      *(percent(values, i) for i in range(4)), f"{values[0, 4]:.1f}".replace("nan", "-"),
                       *(percent(difference, i, "+") for i in range(2))])
-    lines = [["-" if cell.startswith("nan") else cell for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in lines]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
 def percent(numbers, i, sign=""):
-    """Number i of an estimate as text."""
+    """Number i of an estimate as text; a dash where it is unknown."""
     value, error = (100 * numbers[:, i]).tolist()
-    return f"{value:{sign}.1f} ± {error:.1f}".replace(" ± nan", "").replace("+nan", "nan")
+    if math.isnan(value):
+        return "-"
+    return f"{value:{sign}.1f} ± {error:.1f}".replace(" ± nan", "")
 
 
 def draw(path, rows):

@@ -84,6 +84,10 @@ class Run:
     rewrites: dict = field(default_factory=dict)    # index -> the response ids that replaced the original's
     logs: dict = field(default_factory=lambda: {"log.jsonl": [], "rewrites.jsonl": []})     # what is in them
 
+    def kind_of(self, e):
+        """An example's kind for logs and tables: what is rewritten is a kind of its own."""
+        return "rewritten" if e.kind and e.index in self.rewrites else e.kind
+
 
 # ==== 1. The loop ===========================================================================================
 
@@ -220,9 +224,9 @@ def log_row(run, table, elapsed):
            "rewritten": len(run.rewrites), "kinds": {}}
     if CUDA:
         row["peak_memory"] = torch.cuda.max_memory_allocated()      # bytes, of rank 0
-    kind_of = ["rewritten" if e.kind and e.index in run.rewrites else e.kind for e in examples]
-    for kind in sorted({*kind_of} - {None}):
-        at = [i for i, other in enumerate(kind_of) if other == kind]
+    kinds = [run.kind_of(e) for e in examples]
+    for kind in sorted({*kinds} - {None}):
+        at = [i for i, other in enumerate(kinds) if other == kind]
         means = {name: table[name][at].mean().item() for name in ("c_raw", "c_hat", "w")}
         row["kinds"][kind] = {"n": len(at)} | means
     return row
@@ -733,6 +737,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf):
     """A `type=` for argparse: an int or a float from low to high."""
     def read(text):
+        """What argparse calls."""
         if not low <= kind(text) <= high:                       # nan is not
             raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, got {text}")
         return kind(text)
@@ -802,6 +807,7 @@ def parse(argv):
 def program(body):
     """body(argv) as a main function that returns the exit code: 0, or 2 after one line about a mistake."""
     def main(argv=None):
+        """The program on these arguments, or on the command line's."""
         threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -846,10 +852,10 @@ def new_run(a, lm, tokenizer, examples, ends):
 
 
 def report(run):
-    """Say what happened; by kind of demonstration, if known. What is rewritten is a kind of its own."""
-    kind_of = {e.index: "rewritten" if e.index in run.rewrites else e.kind for e in run.examples if e.kind}
-    for kind in sorted(set(kind_of.values())):
-        at = [i for i, other in kind_of.items() if other == kind]
+    """Say what happened; by kind of demonstration, where kinds are known."""
+    kinds = [run.kind_of(e) for e in run.examples]
+    for kind in sorted({*kinds} - {None}):
+        at = [i for i, other in enumerate(kinds) if other == kind]
         c_hat = run.tracker.mean[at]
         w = cadft.compatibility_weight(c_hat, run.args.beta)
         say(f"  {kind:15} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w.mean():4.2f}")
