@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import cadft
 import train
-from train import Mistake
+from train import Mistake, require
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
 NUMBERS = ["greedy", "average", "any", "cut off", "tokens"]    # M: what is known of a problem
@@ -37,15 +37,12 @@ NUMBERS = ["greedy", "average", "any", "cut off", "tokens"]    # M: what is know
 def find_runs(paths):
     """The runs named, or all finished ones under out/: dicts of path, row, seed and args."""
     paths = paths or [path for path in sorted(Path("out").glob("[!.]*")) if train.finished(path)]
-    if not paths:
-        raise Mistake("out/ holds no finished run: python train.py makes one; or name a folder")
+    require(paths, "out/ holds no finished run: python train.py makes one; or name a folder")
     runs = []
     for path in dict.fromkeys(map(Path, paths)):
-        if path.exists() and not train.finished(path):
-            raise Mistake(f"{path}: no finished model there (no config.json, or a checkpoint: see --resume)")
-        if not path.exists() and (len(path.parts) > 2 or path.parts[0] == "out"):
-            raise Mistake(f"{path}: no such folder; name that of a run, or a hub name")
-        name = path.resolve().name if path.exists() else path.as_posix()
+        on_hub = not path.exists() and len(path.parts) <= 2 and path.parts[0] != "out"
+        require(on_hub or train.finished(path), f"{path}: no finished model there; see train.py --resume")
+        name = path.as_posix() if on_hub else path.resolve().name
         row, seed = re.fullmatch("(.+?)(?:-seed([0-9]+))?", name).groups()
         runs.append({"path": path.as_posix(), "row": row, "seed": seed and int(seed),
                      "args": train.read_json(path / "args.json")})
@@ -97,10 +94,10 @@ def reference_of(row, where):
     value = row[fields[0]] if fields else last_box(str(row.get("solution")))
     values = value if isinstance(value, list) else [value]
     texts = [str(one).split("####")[-1].strip() for one in values]             # GSM8K's end in #### 18
-    known = all(isinstance(one, (str, int, float)) for one in values)
-    if not known or not texts or {text.lower() for text in texts} & {"", "nan", "null"}:
-        raise Mistake(f'{where}: no reference in "reference", "answer", "final_answer" or the last box of '
-                      f'"solution": {value!r} is no answer')
+    known = texts and all(isinstance(one, (str, int, float)) for one in values)
+    require(known and not {text.lower() for text in texts} & {"", "nan", "null"},
+            f'{where}: no reference in "reference", "answer", "final_answer" or the last box of "solution": '
+            f'{value!r} is no answer')
     return ", ".join(texts)
 
 
@@ -140,8 +137,7 @@ def encode_question(lm, tokenizer, problem, template):
     except Mistake as mistake:
         raise Mistake(f"{problem['where']}: {mistake}") from mistake
     room = train.positions(lm) - 1
-    if not 0 < len(ids) <= room:
-        raise Mistake(f"{problem['where']}: {len(ids)} tokens, but the model takes 1 to {room}: leave it out")
+    require(0 < len(ids) <= room, f"{problem['where']}: {len(ids)} tokens, but the model takes 1 to {room}")
     return ids
 
 
@@ -225,8 +221,7 @@ def grade_file(path):
         where = f"{path}, line {line}"
         if "passed" not in row:
             row["reference"] = reference_of(row, where)
-            if not isinstance(row.get("response"), str):
-                raise Mistake(f'{where}: "response" is missing or not a string')
+            require(isinstance(row.get("response"), str), f'{where}: "response" is missing or not a string')
         names = [row[field] for field in ("problem", "question", "prompt", "task_id") if field in row]
         row["problem"] = json.dumps(names[:1] or line)
         row["correct"] = grade(row)
@@ -238,8 +233,7 @@ def grade_file(path):
 
 def result(run, data, rows):
     """A run with what its graded answers say: data, k samples a problem, and `each` [P, M], the numbers."""
-    if not rows:
-        raise Mistake(f"{data}: there is no problem in it")
+    require(rows, f"{data}: there is no problem in it")
     problems, each = {}, []
     for row in rows:
         problems.setdefault(row["problem"], []).append(row)
@@ -382,10 +376,9 @@ def parse(argv):
     a = parser.parse_args(argv)
     a.max_tokens = a.max_tokens or (4096 if a.data else 96)
     a.batch_size = a.batch_size or (64 if a.data else 800)
-    if "{prompt}" not in (a.prompt_template or "{prompt}"):
-        raise Mistake("--prompt-template has no {prompt} in it: the question would be lost")
-    if len({Path(path).stem for path in a.data}) < len(a.data):
-        raise Mistake("--data: two files of one name; their eval-NAME.jsonl would overwrite each other")
+    require("{prompt}" in (a.prompt_template or "{prompt}"), "--prompt-template: it has no {prompt}")
+    require(len({Path(path).stem for path in a.data}) == len(a.data), "--data: two files of one name")
+    require(not a.plot or a.plot.endswith((".png", ".pdf", ".svg")), "--plot: a .png, .pdf or .svg file")
     return a
 
 
@@ -397,8 +390,7 @@ def measure(a):
         needed("math_verify", "math-verify")                   # before anything is sampled
     files = {Path(path).stem: load_problems(path, islice(train.read_jsonl(path), a.limit)) for path in a.data}
     runs = find_runs(a.runs)
-    if a.against not in ("dft", *(run["row"] for run in runs)):
-        raise Mistake(f"--against {a.against}: no such row, only {', '.join(run['row'] for run in runs)}")
+    require(a.against in ("dft", *(run["row"] for run in runs)), f"--against {a.against}: no such row")
     train.say(*differing_runs(runs))
     results, dtype = [], torch.bfloat16 if train.CUDA and a.data else torch.float32
     for run in runs:
@@ -434,4 +426,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    train.quiet()
     os._exit(main())            # as train.py does

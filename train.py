@@ -19,7 +19,7 @@ import os
 import random
 import sys
 import time
-from collections import ChainMap, Counter
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -83,10 +83,6 @@ class Run:
     seconds: float = 0.0
     rewrites: dict = field(default_factory=dict)    # index -> the response ids that replaced the original's
     logs: dict = field(default_factory=lambda: {"log.jsonl": [], "rewrites.jsonl": []})     # what is in them
-
-    def kind_of(self, e):
-        """An example's kind for logs and tables: what is rewritten is a kind of its own."""
-        return "rewritten" if e.kind and e.index in self.rewrites else e.kind
 
 
 # ==== 1. The loop ===========================================================================================
@@ -153,7 +149,7 @@ def train(run, until=lambda run: False):
         run.tracker.update(table["index"], table["c_hat"])
         run.seconds = time.perf_counter() - began
         row = log_row(run, table, time.perf_counter() - start)
-        append(run, "log.jsonl", [row])
+        record(run, "log.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
         if METHODS[a.method][1] and cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
@@ -185,19 +181,17 @@ def learning_rate(step, a):
 
 
 def share(run, rank, world):
-    """One rank's micro-batches of a step, as lists of examples; every rank has as many, of like lengths."""
+    """One rank's micro-batches of a step, as lists of examples: every world-th of the batch, by length."""
     a = run.args
     epoch, position = divmod(run.step - 1, run.per_epoch)
     generator = torch.Generator().manual_seed(seed_for(a.seed, "epoch", epoch))
     order = torch.randperm(len(run.examples), generator=generator)[position * a.batch_size:][:a.batch_size]
     rows = sorted([run.examples[i] for i in order.tolist()], key=len, reverse=True)
-    batches, width = [], 0
-    for i in range(0, len(rows), world):
-        deal = rows[i:i + world]                                # to each rank one, like cards
-        if not batches or (len(batches[-1]) + 1) * width > a.micro_batch_tokens:
-            batches.append([])
-            width = len(deal[0])                                # the longest row that any rank has in it
-        batches[-1].append(deal[rank])
+    batches = []
+    for e in rows[rank::world]:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > a.micro_batch_tokens:
+            batches.append([])                                  # padded to its first row, the longest
+        batches[-1].append(e)
     return batches
 
 
@@ -221,15 +215,21 @@ def log_row(run, table, elapsed):
            "c_mean": c_raw.mean().item(), "c_std": c_raw.std(correction=0).item(), "w_mean": w.mean().item(),
            "w_min": w.min().item(), "down_weighted": (w < 1).double().mean().item(),
            "grad_norm": table["grad_norm"], "tokens_per_second": sum(map(len, examples)) / elapsed,
-           "rewritten": len(run.rewrites), "kinds": {}}
+           "rewritten": len(run.rewrites),
+           "kinds": by_kind(run, examples, {name: table[name] for name in ("c_raw", "c_hat", "w")})}
     if CUDA:
         row["peak_memory"] = torch.cuda.max_memory_allocated()      # bytes, of rank 0
-    kinds = [run.kind_of(e) for e in examples]
+    return row
+
+
+def by_kind(run, examples, columns):
+    """{kind: {"n": examples, and the mean of each column}}; what is rewritten is a kind of its own."""
+    kinds = ["rewritten" if e.kind and e.index in run.rewrites else e.kind for e in examples]
+    found = {}
     for kind in sorted({*kinds} - {None}):
         at = [i for i, other in enumerate(kinds) if other == kind]
-        means = {name: table[name][at].mean().item() for name in ("c_raw", "c_hat", "w")}
-        row["kinds"][kind] = {"n": len(at)} | means
-    return row
+        found[kind] = {"n": len(at)} | {name: column[at].mean().item() for name, column in columns.items()}
+    return found
 
 
 # ==== 2. Rewriting ==========================================================================================
@@ -250,7 +250,8 @@ def rewrite(run, chunk=64):
                 run.lm, prompts, stops, stops[0], room, top_p=a.rewrite_top_p,
                 temperature=a.rewrite_temperature, seed=seed_for(a.seed, run.step, "chunk", start // chunk))
         mine.update(zip(indices, samples))
-    new, rows = ChainMap(*gather_objects(mine)), []             # index -> ids sampled by any rank
+    new = {i: ids for part in gather_objects(mine) for i, ids in part.items()}     # of all ranks
+    rows = []
     for i in picked:
         e, ids = run.examples[i], new.get(i)
         prompt = e.prompt_ids.tolist()
@@ -267,7 +268,7 @@ def rewrite(run, chunk=64):
             rows[-1]["new"] = response_text(run.tokenizer, prompt, ids)
             run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
             run.tracker.forget(i)
-    append(run, "rewrites.jsonl", rows)
+    record(run, "rewrites.jsonl", rows)
 
 
 # ==== 3. Data ===============================================================================================
@@ -276,7 +277,7 @@ def load_examples(a, tokenizer, rows=None):
     """(examples, ids that end their responses) of the file a.data, or of rows (line, object)."""
     source = a.data or "the classroom"
     examples, ends, notes, changed = [], set(), Counter(), False
-    for line, row in rows or read_jsonl(a.data):
+    for line, row in tqdm(rows or read_jsonl(a.data), "encoding", unit="row", delay=5, disable=RANK > 0):
         try:
             turns = dialogue(row, a, notes)
             prompt, response = encode(tokenizer, turns, row.get("tools"))
@@ -452,6 +453,7 @@ def load_model(path, dtype):
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    wrong = [name for name in wrong if not name.endswith("masked_bias")]       # a constant of old GPT-2 files
     require(not wrong, f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
     require(tokenizer.eos_token_id is not None, f"{path}: its tokenizer has no end-of-sequence token")
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
@@ -468,17 +470,17 @@ def load_model(path, dtype):
 def check_model(lm, path):
     """Mistake where weights do not train, or answers depend on later tokens or on padding."""
     ids = torch.arange(1, 9, device=DEVICE)[None] % len(lm.get_input_embeddings().weight)      # [1, 8]
-    weights = dict(lm.named_parameters())
-    bad = [name for name, p in weights.items() if not p.requires_grad or not p.isfinite().all()]
-    if not bad:
-        loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        bad = [name for name, gradient in zip(weights, gradients) if gradient is None]
+    loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
+    if loss.requires_grad:
+        loss.backward()
+    bad = [name for name, p in lm.named_parameters() if p.grad is None or not p.isfinite().all()]
     require(not bad, f"{path}: weights that are not finite, or that nothing would train: {bad[:3]}")
+    lm.zero_grad()
     pad = torch.nn.functional.pad
     other = pad(ids[:, :-1], (0, 1))                            # ends otherwise
     only = transformers.GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0,
                                          output_logits=True, return_dict_in_generate=True)
+    its_own, lm.generation_config = lm.generation_config, only
     lm.eval()
     with torch.no_grad():
         before, after = (lm(input_ids=x).logits[:, :-1] for x in (ids, other))                 # [1, 7, V]
@@ -486,6 +488,7 @@ def check_model(lm, path):
                                      attention_mask=pad(torch.ones_like(ids), (n, 0))).logits[0]
                          for n in (0, 2))                                                      # [1, V]
     lm.train()
+    lm.generation_config = its_own
     close = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
     require((before - after).abs().max() <= close, f"{path}: not causal: its logits depend on later tokens")
     require((alone - padded).abs().max() <= close, f"{path}: it ignores its attention mask: padding counts")
@@ -494,7 +497,7 @@ def check_model(lm, path):
 def stop_ids(lm, tokenizer):
     """All ids that end a response: end-of-sequence, what closes a chat's turn, and the model's own."""
     own = lm.generation_config.eos_token_id
-    own = set(own) if isinstance(own, list) else {own} - {None}
+    own = {i for i in (own if isinstance(own, list) else [own]) if isinstance(i, int)}     # some hold null
     words = own - special_ids(tokenizer)
     if words:
         say(f"ordinary tokens, so no end of a response: {tokenizer.convert_ids_to_tokens(sorted(words))}")
@@ -602,7 +605,7 @@ def finish(run):
         (out / "checkpoint.pt").unlink()
 
 
-def append(run, name, rows):
+def record(run, name, rows):
     """Add rows to one of the run's logs."""
     run.logs[name] += rows
     write_rows(Path(run.args.out, name), rows, "a")
@@ -808,20 +811,17 @@ def program(body):
     """body(argv) as a main function that returns the exit code: 0, or 2 after one line about a mistake."""
     def main(argv=None):
         """The program on these arguments, or on the command line's."""
-        threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        threads = torch.get_num_threads()
         try:
             body(argv)
             return 0
         except torch.OutOfMemoryError:
-            message = "out of memory: try --two-pass, then a smaller --micro-batch-tokens or --max-length"
+            message = ("out of memory: train.py takes --two-pass, then a smaller --micro-batch-tokens or "
+                       "--max-length; evaluate.py a smaller --batch-size")
         except (Mistake, OSError) as error:
             message = str(error)
         finally:                                                # another program may go on from here
             torch.set_num_threads(threads)
-            transformers.logging.set_verbosity(verbosity)
-            transformers.logging.enable_progress_bar()
         # mistakes mostly meet every process: a node's first one speaks, and torchrun ends the others as they
         # wait; one that is still there was alone with its mistake, and speaks too
         time.sleep(10 * (LOCAL_RANK > 0))
@@ -853,12 +853,10 @@ def new_run(a, lm, tokenizer, examples, ends):
 
 def report(run):
     """Say what happened; by kind of demonstration, where kinds are known."""
-    kinds = [run.kind_of(e) for e in run.examples]
-    for kind in sorted({*kinds} - {None}):
-        at = [i for i, other in enumerate(kinds) if other == kind]
-        c_hat = run.tracker.mean[at]
-        w = cadft.compatibility_weight(c_hat, run.args.beta)
-        say(f"  {kind:15} {len(at):5} examples, on average c_hat {c_hat.mean():5.2f}, w {w.mean():4.2f}")
+    mean = run.tracker.mean                                     # [N]
+    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, run.args.beta)}
+    for kind, row in by_kind(run, run.examples, columns).items():
+        say(f"  {kind:15} {row['n']:5} examples, on average c_hat {row['c_hat']:5.2f}, w {row['w']:4.2f}")
     log = run.logs["log.jsonl"]
     say(f"model: {run.args.out}, after {run.seconds:.0f} s; nll {log[0]['nll']:.3f} in the first step, "
         f"{log[-1]['nll']:.3f} in the last; {len(run.rewrites)} examples rewritten")
@@ -896,6 +894,13 @@ def main(argv):
     report(run)
 
 
+def quiet():
+    """Of transformers' messages show errors only, of progress bars only ours; for programs, not importers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 if __name__ == "__main__":
+    quiet()
     # not sys.exit: as Python goes down, threads that the process group left behind abort 1 run in 120
     os._exit(main())
