@@ -85,6 +85,7 @@ def load_problems(name, rows):
         told = {"question": turns[-1]["content"], "reference": reference_of(row, where),
                 "grader": row.get("grader", "math")}
         problems.append({"where": where, "turns": turns, "tools": row.get("tools"), "row": told})
+    require(problems, f"{name}: there is no problem in it")
     return problems
 
 
@@ -226,6 +227,7 @@ def grade_file(path):
         row["problem"] = json.dumps(names[:1] or line)
         row["correct"] = grade(row)
         rows.append(row)
+    require(rows, f"{path}: there is no answer in it")
     return result({"path": path, "row": Path(path).stem, "seed": None}, Path(path).name, rows)
 
 
@@ -233,7 +235,6 @@ def grade_file(path):
 
 def result(run, data, rows):
     """A run with what its graded answers say: data, k samples a problem, and `each` [P, M], the numbers."""
-    require(rows, f"{data}: there is no problem in it")
     problems, each = {}, []
     for row in rows:
         problems.setdefault(row["problem"], []).append(row)

@@ -668,11 +668,13 @@ def test_untrained_weights_are_refused_longrope_limits_the_length_and_special_to
     assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
 
 
-def test_settings_that_could_not_be_saved_at_the_end_go_and_a_tag_is_no_end(tmp_path):
+def test_settings_that_could_not_be_saved_go_as_do_old_masks_and_a_tag_is_no_end(tmp_path):
     odd = folder(tmp_path / "odd")
-    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": 2}
+    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None], "stop_strings": ["a"]}
     Path(odd, "generation_config.json").write_text(json.dumps(settings))
     train.load_model(odd, torch.float32)[0].save_pretrained(tmp_path / "saved")
+    old = tiny("gpt2").state_dict() | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    train.load_model(folder(tmp_path / "old", tiny("gpt2"), state_dict=old), torch.float32)
     tokenizer = characters("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens("</a>")
     _, response = train.encode(tokenizer, [ASKED | {"content": "1"}, GIVEN | {"content": "2</a>"}])
@@ -1146,6 +1148,7 @@ def test_a_missing_package_is_told_before_anything_is_sampled(evaluated, refused
     refused(["pip install math-verify"], *evaluated["flags"], program=evaluate)
     refused(["pip install math-verify"], "--grade", evaluated["file"], program=evaluate)
     refused(["pip install matplotlib"], evaluated["flags"][0], "--plot", tmp_path / "x.png", program=evaluate)
+    refused(["--plot: a .png"], evaluated["flags"][0], "--plot", tmp_path / "x.doc", program=evaluate)
 
 
 def test_verdicts_of_another_program_count_as_they_are(tmp_path, monkeypatch):
