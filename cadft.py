@@ -19,6 +19,7 @@ import weakref
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a token that is not part of the response (Hugging Face's convention)
@@ -61,7 +62,7 @@ def _cross_entropy(head, features, targets):
     return cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
 
 
-_ANSWERS = weakref.WeakKeyDictionary()      # model -> answer of has_plain_head, found once
+_PLAIN = weakref.WeakKeyDictionary()        # model -> what has_plain_head found
 
 @torch.no_grad()
 def has_plain_head(lm):
@@ -70,7 +71,7 @@ def has_plain_head(lm):
     Soft-capping (Gemma 2) and logit scales (Cohere, Granite) are read from the config, since small logits can
     hide them; else the logits of a short sequence are computed both ways. Returns a bool.
     """
-    if lm not in _ANSWERS:
+    if lm not in _PLAIN:
         config, device = lm.config.get_text_config(), lm.get_input_embeddings().weight.device
         settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"
         altered = any(getattr(config, name, None) not in (None, 1.0) for name in settings)
@@ -83,9 +84,9 @@ def has_plain_head(lm):
             own = lm(input_ids=ids, use_cache=False).logits                     # [1, 8, V]
             ours = lm.get_output_embeddings()(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         lm.train(was_training)
-        close = 8 * torch.finfo(own.dtype).eps * own.abs().max()
-        _ANSWERS[lm] = own.shape == ours.shape and bool((own - ours).abs().max() <= close)
-    return _ANSWERS[lm]
+        tolerance = 8 * torch.finfo(own.dtype).eps * own.abs().max()
+        _PLAIN[lm] = own.shape == ours.shape and bool((own - ours).abs().max() <= tolerance)
+    return _PLAIN[lm]
 
 
 # ---- Dynamic Compatibility Evaluation ---------------------------------------------------------------------
@@ -249,12 +250,15 @@ def nucleus_sample(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temp
     off. Section: Delayed Compatibility-Guided Rewriting.
     """
     from transformers import GenerationConfig       # only sampling needs it
-    device, width = lm.get_input_embeddings().weight.device, max(map(len, prompts))
-    left = [[pad_id] * (width - len(p)) + list(p) for p in prompts]
-    seen = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    nucleus = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)   # unless told, top_k is 50
-    only = GenerationConfig(**(nucleus if temperature > 0 else dict(do_sample=False)), use_cache=True,
-                            max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=pad_id)
+    device = lm.get_input_embeddings().weight.device
+    rows = [torch.tensor(p, device=device) for p in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")      # [B, width]
+    seen = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    how = dict(do_sample=False)
+    if temperature > 0:
+        how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)  # unless told, top_k is 50
+    only = GenerationConfig(**how, use_cache=True, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids),
+                            pad_token_id=pad_id)
     inputs = only.update(**more)                    # what is no setting of generate is an input of the model
     was_training, its_own = lm.training, lm.generation_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -262,14 +266,13 @@ def nucleus_sample(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temp
         try:
             # generate would fill what `only` leaves open from the checkpoint's own settings (Qwen's, say)
             lm.generation_config = only
-            out = lm.eval().generate(torch.tensor(left, device=device), generation_config=only,
-                                     attention_mask=torch.tensor(seen, device=device), synced_gpus=False,
+            out = lm.eval().generate(ids, generation_config=only, attention_mask=seen, synced_gpus=False,
                                      **inputs)                                  # [B, width + new]
         finally:
             lm.generation_config = its_own
             lm.train(was_training)
     new = []
-    for row in out[:, width:].tolist():
+    for row in out[:, ids.shape[1]:].tolist():
         ends = [i for i, token in enumerate(row) if token in eos_ids]
         new.append(row[:ends[0] + 1] if ends else row)
     return new

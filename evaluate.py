@@ -29,6 +29,8 @@ import train
 from train import Mistake, require
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
+USED = {"question", "problem", "messages", "tools", "reference", "answer", "final_answer", "solution",
+        "grader"}                                              # fields of a problem
 NUMBERS = ["greedy", "average", "any", "cut off", "tokens"]    # M: what is known of a problem
 
 
@@ -39,7 +41,7 @@ def find_runs(paths):
     paths = paths or [path for path in sorted(Path("out").glob("[!.]*")) if train.finished(path)]
     require(paths, "out/ holds no finished run: python train.py makes one; or name a folder")
     runs = []
-    for path in dict.fromkeys(map(Path, paths)):
+    for path in {Path(path).resolve(): Path(path) for path in paths}.values():     # a link is no other run
         on_hub = not path.exists() and len(path.parts) <= 2 and path.parts[0] != "out"
         require(on_hub or train.finished(path), f"{path}: no finished model there; see train.py --resume")
         name = path.as_posix() if on_hub else path.resolve().name
@@ -72,8 +74,9 @@ def classroom(run, limit):
 
 def load_problems(name, rows):
     """Dicts of where, turns and tools to ask with, and row, the problem's part of eval-NAME.jsonl."""
-    problems = []
+    problems, unused = [], set()
     for line, row in rows:
+        unused |= row.keys() - USED
         where = f"{name}, line {line}"
         question = row.get("question", row.get("problem"))
         turns = row.get("messages") or [{"role": "user", "content": question}]
@@ -86,6 +89,8 @@ def load_problems(name, rows):
                 "grader": row.get("grader", "math")}
         problems.append({"where": where, "turns": turns, "tools": row.get("tools"), "row": told})
     require(problems, f"{name}: there is no problem in it")
+    if unused:
+        train.say(f"{name}, never used: {', '.join(sorted(unused))}")
     return problems
 
 
@@ -128,7 +133,7 @@ def sample_answers(lm, tokenizer, run, problems, a):
             row["correct"] = grade(row)
             rows.append(row)
     rows = [row for part in train.gather_objects(rows) for row in part]
-    return sorted(rows, key=lambda row: (row["problem"], str(row["sample"])))
+    return sorted(rows, key=lambda row: (row["problem"], row["sample"] == "greedy", row["sample"]))
 
 
 def encode_question(lm, tokenizer, problem, template):
@@ -147,21 +152,30 @@ def encode_question(lm, tokenizer, problem, template):
 def grade(row):
     """Whether a row's response is right: as another program judged (`passed`), else finished and equal."""
     if "passed" in row:
-        return str(row["passed"]).lower() in ("true", "1")
-    equal = train.is_sum if row.get("grader") == "sum" else is_correct
-    return row.get("finished") is not False and equal(row["response"], row["reference"])
+        return str(row["passed"]).lower() in ("true", "1", "1.0")
+    is_right = train.is_sum if row.get("grader") == "sum" else is_correct
+    return row.get("finished") is not False and is_right(row["response"], row["reference"])
 
 
 def is_correct(response, reference):
-    """Whether the answer that a response ends with equals the reference, as math-verify understands them.
+    """Whether the answer that a response ends with equals the reference; of "18 dollars a day" 18 counts."""
+    text = re.sub(r"\\[()]", "$", str(response).split("</think>")[-1]).strip()
+    answer = extract_answer(text)
+    if answer == text and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
+        return equal(text[-500:], reference)
+    number = re.match(r"(?:[a-zA-Z']{2,} +)*\\?\$?([-+]?[\d.,/]*\d)[%$]?( +\(?[a-zA-Z']{2,}|$)", answer)
+    return equal(f"${answer[-500:]}$", reference) or number is not None and equal(number[1], reference)
+
+
+def equal(answer, reference):
+    """Whether answers are equal, as math-verify understands them: `answer` is text with $LaTeX$ in it.
 
     sympy computes what they say, for five seconds at most: by a signal, so in the main thread, on Unix alone.
     """
     library = needed("math_verify", "math-verify")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     seconds = 5 if os.name == "posix" else None
-    answer, reference = extract_answer(response)[-500:], str(reference)[:500]
-    whole = answer == str(response).split("</think>")[-1].strip()[-500:]
+    reference = str(reference)[:500]
     spelt, wanted = (re.sub(r"[\s$]", "", text) for text in (answer, reference))
     if spelt == wanted or not spelt or not wanted:
         return bool(spelt and wanted)
@@ -169,8 +183,7 @@ def is_correct(response, reference):
     answer, reference = (re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)", r" \\cdot 10^{\1}", text)
                          for text in (answer, reference))
     gold = library.parse(f"${reference}$", parsing_timeout=seconds)
-    sentence = whole and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", answer)
-    found = library.parse(answer if sentence else f"${answer}$", parsing_timeout=seconds)
+    found = library.parse(answer, parsing_timeout=seconds)
     if not library.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
         return False
     try:                                                       # that rounding lets 3.2e-20 pass for 1.6e-20
@@ -185,8 +198,9 @@ def extract_answer(response):
     box = last_box(text)
     if box is not None:
         return box
-    if "####" in text:                                         # the first: small models run on
-        return text.split("####")[1].strip().split("\n")[0]
+    line = re.search(r"####\s*((?![a-zA-Z]{2,}|\d+[.):] )\S.*)", text)     # not a heading
+    if line:
+        return line[1].strip()                                 # the first: small models run on
     said = re.split(r"(?i)\banswers?[\s*_}]*(?:is|are|:|=)[\s:*_$}]*", text)[1:]
     sentence = re.split(r"\.(?=\s|$)|\n", said[-1])[0].strip("*_ ") if said else ""
     return sentence or text
@@ -220,6 +234,7 @@ def grade_file(path):
     rows = []
     for line, row in train.read_jsonl(path):
         where = f"{path}, line {line}"
+        require(row.get("passed", "") is not None, f'{where}: "passed" is null')
         if "passed" not in row:
             row["reference"] = reference_of(row, where)
             require(isinstance(row.get("response"), str), f'{where}: "response" is missing or not a string')
@@ -255,7 +270,7 @@ def estimate(each):
     if not each:
         return torch.full((2, len(NUMBERS)), math.nan)
     values = each[0] if len(each) == 1 else torch.stack([one.mean(0) for one in each])
-    variance = values.var(0, correction=0) / (len(values) - 1)                 # of one: nan
+    variance = values.var(0, correction=0) / (len(values) - 1)                 # of the mean; of one: nan
     return torch.stack([values.mean(0), variance.sqrt()])
 
 
@@ -263,7 +278,8 @@ def compare(results, against):
     """The table's rows: for each set of problems and name, estimates, also of the difference to `against`."""
     rows = []
     names = dict.fromkeys((one["data"], one["row"]) for one in results)
-    for data, name in sorted(names, key=lambda pair: (pair[0], [*ORDER, pair[1]].index(pair[1]))):
+    place = lambda name: ORDER.index(name) if name in ORDER else len(ORDER)
+    for data, name in sorted(names, key=lambda pair: (pair[0], place(pair[1]))):
         ours = [one for one in results if (one["data"], one["row"]) == (data, name)]
         theirs = [one for one in results if (one["data"], one["row"]) == (data, against)]
         pairs = []
@@ -301,21 +317,22 @@ def percent(numbers, i, sign=""):
 def draw(path, rows):
     """Two panels: w by kind in the last run with a log, each point a mean of ten steps; Average@k."""
     picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
-    weights, bars = picture.subplots(1, 2)
+    left, right = picture.subplots(1, 2)
     rows = [row for row in rows if row["data"] == rows[0]["data"]]
     names = [row["row"] for row in rows]
     heights, errors = 100 * torch.stack([row["values"][:, 1] for row in rows], dim=1)
-    bars.bar(names, heights.tolist(), yerr=errors.tolist())
-    bars.set(title=f"Average@k on {rows[0]['data']}, percent")
+    right.bar(names, heights.tolist(), yerr=errors.tolist())
+    right.set(title=f"Average@k on {rows[0]['data']}, percent")
     logs = [Path(run["path"], "log.jsonl") for row in rows for run in row["runs"]]
     logs = [log for log in logs if log.exists()]
     lines = [line for log in logs[-1:] for _, line in train.read_jsonl(log)]
     for kind in sorted(set().union(*(line["kinds"] for line in lines))):
         curve = [(line["step"], line["kinds"][kind]["w"]) for line in lines if kind in line["kinds"]]
         means = [part.mean(0).tolist() for part in torch.tensor(curve).double().split(10)]
-        weights.plot(*zip(*means), label=kind, linewidth=3)
-    weights.set(title="w by kind of demonstration, last run", xlabel="step", ylim=(0, 1.05))
-    weights.legend(*weights.get_legend_handles_labels())
+        left.plot(*zip(*means), label=kind, linewidth=3)
+    left.set(title="w by kind of demonstration, last run", xlabel="step", ylim=(0, 1.05))
+    if lines:
+        left.legend()
     picture.savefig(path, dpi=160)
 
 
@@ -336,7 +353,7 @@ def gradient_study(run, path, limit):
         nll, mask = cadft.token_nll(lm.eval(), batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask).item())
         for name in squared:
-            loss = train.METHODS[name][0](nll, mask).sum()
+            loss = train.LOSSES[name](nll, mask).sum()
             gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
             squared[name].append(sum(part.square().sum().item() for part in gradient))
     c_hat = cadft.batch_zscore(torch.tensor(c_raw).double(), own.eps)          # [N]
@@ -393,6 +410,8 @@ def measure(a):
     runs = find_runs(a.runs)
     require(a.against in ("dft", *(run["row"] for run in runs)), f"--against {a.against}: no such row")
     train.say(*differing_runs(runs))
+    if len({run["args"].get("prompt_template") or "{prompt}" for run in runs}) > 1 and not a.prompt_template:
+        train.say("these runs are asked in different words: give all of them one --prompt-template")
     results, dtype = [], torch.bfloat16 if train.CUDA and a.data else torch.float32
     for run in runs:
         lm, tokenizer = train.load_model(run["path"], dtype)

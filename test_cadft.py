@@ -621,6 +621,10 @@ def test_prompt_and_response_are_what_the_template_writes_and_its_end_becomes_a_
     (BODY + "{% if add_generation_prompt %}<think>\n{% endif %}", {}, ("asks with", "<think>")),
     (BODY, {"reasoning_content": "lost"}, ("leaves out", "lost")),
     (BODY, {"tool_calls": [{"function": {"name": "add"}}]}, ("leaves out", "add")),
+    (CALLS, {"tool_calls": [{"function": {"name": "add", "arguments": '{"n": "1"}'}}]}, ("leaves", "'{\"n")),
+    (CALLS.replace("c.function |", "c.function.name |"),
+     {"tool_calls": [{"function": {"name": "add", "arguments": {"n": "seven"}}}]}, ("leaves", "seven")),
+    (BODY.split("{% if")[0] + "<|im_start|>assistant\n", {}, ("opens a turn", "add_generation_prompt")),
     (BODY.replace("{% for m in", "{% for m in messages[1:] if m in"), {}, ("leaves out", "user")),
     ("1+\n3? add" + BODY, {"content": "", "tool_calls": [{"function": {"name": "add"}}]}, ("leaves", "add")),
     (None, {"content": None, "reasoning_content": "4"}, ("leaves out",)),
@@ -631,6 +635,19 @@ def test_what_the_template_leaves_out_or_asks_otherwise_is_a_mistake(chat, given
     with pytest.raises(train.Mistake) as told:
         train.encode(marked(chat), [ASKED, GIVEN | given])
     assert all(word in str(told.value) for word in words)
+    with pytest.raises(train.Mistake, match="leaves out the tools"):
+        train.encode(marked(BODY), [ASKED, GIVEN], [{"type": "function", "function": {"name": "add"}}])
+
+
+def test_a_tokenizer_splits_text_as_its_file_says_whatever_its_class(tmp_path):
+    from tokenizers import decoders, pre_tokenizers
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("|", "never")
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace("|", "never")
+    path = folder(tmp_path / "m", tiny("qwen2"), tokenizer)    # for this model transformers has a class
+    saved = type(tokenizer.backend_tokenizer).from_file(str(Path(path, "tokenizer.json")))
+    for text in "a b", "1 + 1":
+        assert train.load_model(path, torch.float32)[1](text)["input_ids"] == saved.encode(text).ids
 
 
 def test_tokens_that_are_not_the_text_are_told_and_lost_spaces_or_letters_refused(tmp_path, capsys):
@@ -659,7 +676,7 @@ def test_untrained_weights_are_refused_longrope_limits_the_length_and_special_to
     frozen.model.norm.weight.requires_grad = False
     for other, name in (unused, "unused"), (frozen, "norm"):
         with pytest.raises(train.Mistake, match=f"nothing would train: .*{name}"):
-            train.check_model(other, "m")
+            train.check_gradients(other)
     rope = dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, rope_theta=100.0,
                 original_max_position_embeddings=32, factor=4.0)
     assert train.positions(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32)) == 32
@@ -876,8 +893,8 @@ BAD_FLAGS = """
 --model nowhere :: nowhere ; --model NOEOS :: end-of-sequence ; --model HALF :: missing & lm_head
 --data= :: --model and --data go together; with neither, the classroom runs ; --prompt-template x :: {prompt}
 --model SMALL :: token 46 ; --model NAN :: not finite ; --model DEAF :: attention mask
---model BERT :: depend on later tokens ; --model LLAVA :: is for text ; --model T5 :: has an encoder
---model EXTRA :: no place in ; --model ADAPTER :: adapter_config.json ; --model AWQ :: is quantized: take
+--model BERT :: depend on later tokens ; --model LLAVA :: is for text ; --model T5 :: without encoder
+--model EXTRA :: no place in ; --model ADAPTER :: adapter_config.json ; --model AWQ :: quantized; take
 --max-length 129 :: 129 & 128 ; --method ppo :: --method & cadft
 --prompt-field x :: line 1 & field "x" ; --out MODEL :: no run but not empty ; --max-length 3 :: no usable row
 --out RUN :: holds a run: --resume ; --out BASE :: a name for base models ; --out DATA/below :: below
@@ -974,6 +991,10 @@ def test_grading_is_that_of_the_table_and_blind_to_what_stands_around():
         assert evaluate.is_correct(rf"\boxed{{{reference}}}", reference)
     for response in (r"Hence $\frac{3}{4}$", "It's 0.75", "so 3/4", r"**Answer:** $\frac{3}{4}$", "0.75"):
         assert evaluate.is_correct(response, r"\frac{3}{4}"), response
+    steps = "#### Step 1: 7 + 11\n#### 2. Hence\nThe answer is: 18 of 20 dollars"
+    for response in ("The answer is about 18 dollars a day.", "#### 18 dollars", r"The answer is \(18\) cm^2",
+                     steps, "Answer: $18 (cheap)"):
+        assert [n for n in (1, 2, 18, 20) if evaluate.is_correct(response, n)] == [18], response
     for nothing in "", " ", "$$", r"\boxed{}", "\n", r"\boxed{ }":
         assert not any(evaluate.is_correct(nothing, reference) for reference in ("0", "", nothing, "None"))
     for hostile in "9^{9^{9^9}}", "{" * 490, r"\sqrt{" * 90, "7" * 100_000, "1/0", "nan", "import os":
@@ -1153,7 +1174,7 @@ def test_a_missing_package_is_told_before_anything_is_sampled(evaluated, refused
 
 def test_verdicts_of_another_program_count_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)      # it isn't needed
-    verdicts = [True, 1, "true", False, 0, "false", None, "True"]
+    verdicts = [True, 1, "true", False, 0, "false", 0.0, 1.0]
     lines = [{"task_id": i % 2, "passed": verdict, "completion": "x"} for i, verdict in enumerate(verdicts)]
     row, = evaluate.measure(evaluate.parse(["--grade", jsonl(tmp_path / "code.jsonl", lines)]))
     assert number(row, "average")[0] == 0.5 and "2 code.jsonl" in evaluate.table([row], "dft")[1]

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -32,9 +33,9 @@ from tqdm import tqdm
 
 import cadft
 
-# method: token loss, and whether samples are weighted and rewritten
-METHODS = {"sft": (cadft.sft_loss, False), "focal": (cadft.focal_loss, False), "dft": (cadft.dft_loss, False),
-           "casft": (cadft.sft_loss, True), "cadft": (cadft.dft_loss, True)}
+LOSSES = {"sft": cadft.sft_loss, "focal": cadft.focal_loss, "dft": cadft.dft_loss,
+          "casft": cadft.sft_loss, "cadft": cadft.dft_loss}     # method -> loss of a token
+WEIGHTED = {"casft", "cadft"}                                   # methods that weight and rewrite samples
 # what may differ between a run and its continuation: it changes no result (of data, the content counts)
 MAY_DIFFER = {"out", "data", "resume", "save_every", "micro_batch_tokens", "two_pass",
               "gradient_checkpointing"}
@@ -91,12 +92,12 @@ def train_step(run, net, batches):
     """One optimizer step on this rank's micro-batches: the algorithm, whole. Returns columns {name: [G]} of
     the global batch, on the CPU, the same on every rank; and grad_norm."""
     a = run.args
-    token_loss, weighted = METHODS[a.method]
+    token_loss, beta = LOSSES[a.method], a.beta if a.method in WEIGHTED else 0.0
     with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
         outputs = list(forward(net, batches))
     c_raw = per_sample(cadft.compatibility, outputs)                            # [B]
     c_hat = cadft.batch_zscore(c_raw, a.eps)                                    # [B]
-    w = cadft.compatibility_weight(c_hat, a.beta if weighted else 0.0)          # [B]
+    w = cadft.compatibility_weight(c_hat, beta)                                 # [B]
     loss = per_sample(token_loss, outputs)                                      # [B]
     if a.two_pass:
         parts = w.split([len(batch["index"]) for batch in batches])             # [rows] each
@@ -135,10 +136,10 @@ def train(run, until=lambda run: False):
             net, [DEVICE] if CUDA else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
     bar = tqdm(total=a.steps, initial=run.step, desc=Path(a.out).name, unit="step", disable=RANK > 0 or None)
     began = time.perf_counter() - run.seconds
-    done = run.step == a.steps
-    while not done:
+    done = False
+    while run.step < a.steps and not done:
         run.step += 1
-        start = time.perf_counter()
+        step_began = time.perf_counter()
         torch.manual_seed(seed_for(a.seed, run.step))           # should the model draw anything (a router)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, a)
@@ -148,14 +149,14 @@ def train(run, until=lambda run: False):
                 f"{run.step}, lines {bad[:8] or 'all'}: look at these, or try a lower --lr")
         run.tracker.update(table["index"], table["c_hat"])
         run.seconds = time.perf_counter() - began
-        row = log_row(run, table, time.perf_counter() - start)
+        row = log_row(run, table, time.perf_counter() - step_began)
         record(run, "log.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
-        if METHODS[a.method][1] and cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
+        if a.method in WEIGHTED and cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
             rewrite(run)
-        done = run.step == a.steps or until(run)
-        if done or run.step % a.save_every == 0:
+        done = until(run)
+        if done or run.step == a.steps or run.step % a.save_every == 0:
             save(run)
     bar.close()
 
@@ -185,8 +186,10 @@ def share(run, rank, world):
     a = run.args
     epoch, position = divmod(run.step - 1, run.per_epoch)
     generator = torch.Generator().manual_seed(seed_for(a.seed, "epoch", epoch))
-    order = torch.randperm(len(run.examples), generator=generator)[position * a.batch_size:][:a.batch_size]
-    rows = sorted([run.examples[i] for i in order.tolist()], key=len, reverse=True)
+    order = torch.randperm(len(run.examples), generator=generator).tolist()
+    first = position * a.batch_size
+    rows = [run.examples[i] for i in order[first:first + a.batch_size]]
+    rows.sort(key=len, reverse=True)
     batches = []
     for e in rows[rank::world]:
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > a.micro_batch_tokens:
@@ -241,17 +244,18 @@ def rewrite(run, chunk=64):
     drawn = [i for i in picked if random.Random(seed_for(a.seed, run.step, i)).random() < a.rewrite_prob]
     drawn.sort(key=lambda i: (len(run.examples[i].prompt_ids), i))
     mine = {}                                                   # index -> ids sampled by this rank
-    for start in range(RANK * chunk, len(drawn), WORLD * chunk):
-        indices = drawn[start:start + chunk]
+    for first in range(RANK * chunk, len(drawn), WORLD * chunk):
+        indices = drawn[first:first + chunk]
         prompts = [run.examples[i].prompt_ids.tolist() for i in indices]
         room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))      # the longest prompt's
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
             samples = cadft.nucleus_sample(
                 run.lm, prompts, stops, stops[0], room, top_p=a.rewrite_top_p,
-                temperature=a.rewrite_temperature, seed=seed_for(a.seed, run.step, "chunk", start // chunk))
+                temperature=a.rewrite_temperature, seed=seed_for(a.seed, run.step, "chunk", first // chunk))
         mine.update(zip(indices, samples))
-    new = {i: ids for part in gather_objects(mine) for i, ids in part.items()}     # of all ranks
-    rows = []
+    new, rows = {}, []                                          # index -> ids sampled by any rank
+    for part in gather_objects(mine):
+        new.update(part)
     for i in picked:
         e, ids = run.examples[i], new.get(i)
         prompt = e.prompt_ids.tolist()
@@ -287,13 +291,15 @@ def load_examples(a, tokenizer, rows=None):
             raise Mistake(f"{source}, line {line}: {mistake}") from mistake
         ends.add(response[-1])
         kept = response[:max(0, a.max_length - len(prompt))]
-        notes[f"a prompt of {a.max_length} tokens leaves no room for the response"] += not kept
-        notes[f"responses cut at {a.max_length} tokens with their prompt"] += 0 < len(kept) < len(response)
+        if not kept:
+            notes[f"a prompt of {a.max_length} tokens or more leaves no room for the response"] += 1
+        elif len(kept) < len(response):
+            notes[f"responses cut at {a.max_length} tokens with their prompt"] += 1
         if kept:
             kind = None if row.get("kind") is None else str(row["kind"])
             prompt, kept = torch.tensor(prompt, dtype=torch.int32), torch.tensor(kept, dtype=torch.int32)
             examples.append(Example(len(examples), line, prompt, kept, kind))
-    say(*[f"{note} in {n:,} rows" for note, n in notes.items() if n])
+    say(*[f"{note} in {n:,} rows" for note, n in notes.items()])
     require(examples, f"{source}: no usable row")
     return examples, ends
 
@@ -317,14 +323,16 @@ def dialogue(row, a, notes):
     """Turns, of which the last is the response: the fields that flags name, or else `messages` up to the last
     assistant turn. What of the row is never used is counted in `notes`."""
     names = [a.prompt_field, a.response_field]
-    used = {*names, "kind"}
-    if names == ["prompt", "response"] and "messages" in row and not row.keys() >= {*names}:
+    used = {*names, "tools", "kind"}
+    has_fields = names != ["prompt", "response"] or row.keys() >= {*names}
+    if "messages" in row and not has_fields:
         used, turns = {"messages", "tools", "kind"}, row["messages"]
         require(isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns),
                 '"messages" must be a list of turns, objects with "role" and "content"')
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
         require(last > 0, '"messages" needs an assistant turn after a user turn')
-        notes["never used: turns after the last assistant's"] += last + 1 < len(turns)
+        if turns[last + 1:]:
+            notes["never used: turns after the last assistant's"] += 1
         turns = turns[:last + 1]
     else:
         for name in names:
@@ -348,7 +356,8 @@ def written(tokenizer, turns, tools=None, ask=True):
     """(text, token ids) of turns as the chat template writes them, and what opens a response if `ask`;
     without a template as bare text, with the tokenizer's own bos, if any."""
     if not tokenizer.chat_template:
-        require(len(turns) <= 2 - ask, f"{len(turns)} turns, but the tokenizer has no chat template")
+        most = 1 if ask else 2
+        require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
         text = "".join(str(turn.get("content")) for turn in turns)
         ids = tokenizer(text)["input_ids"]
         return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
@@ -369,19 +378,30 @@ def encode(tokenizer, turns, tools=None):
     same = len(os.path.commonprefix([asked, whole]))
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
+    more_tools = [*tools, *tools] if tools else None
+    require(not tools or written(tokenizer, turns[:-1], more_tools)[0] != asked,
+            "the chat template leaves out the tools")
     before, after = ("".join(text.split()) for text in (asked, whole))       # white space doesn't count
     for turn in turns:
         last = turn is turns[-1]
         for text in said(turn, reasoning=last):
             text = text if last else text.split("</think>")[-1]         # templates drop earlier reasoning
             escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
+            if turn.get("tool_calls") and text[0] == "{":               # arguments: an object, not its text
+                escaped = text
             forms = ["".join(form.split()) for form in (text, escaped)]
             require(any(after.count(form) > before.count(form) if last else form in before for form in forms),
                     f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
         response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
-    ends, closed = special_ids(tokenizer), list(response)
+    ends, n = special_ids(tokenizer), 0
+    while tokenizer.chat_template and n < min(len(prompt), len(response)) - 1 and prompt[~n] == response[~n]:
+        n += 1                                                  # both end with the same n tokens
+        words = tokenizer.decode(response[-n:], skip_special_tokens=True).strip()
+        require(response[~n] not in ends or not words, "the chat template opens a turn behind the response, "
+                f"{words!r}: let it do so only if add_generation_prompt is true")
+    closed = list(response)
     while closed and closed[-1] not in ends and not tokenizer.decode(closed[-1]).strip():
         closed.pop()                                            # white space behind the token that closes it
     if not tokenizer.chat_template or not closed or closed[-1] not in ends:
@@ -398,16 +418,19 @@ def special_ids(tokenizer):
 
 
 def said(turn, reasoning=True):
-    """What a turn says: its content, the names of the tools that it calls, and its reasoning."""
+    """What a turn says: its content, its reasoning, and the tools that it calls with their arguments."""
+    texts = [turn.get("content")]
+    texts += [turn.get(name) for name in ("reasoning_content", "reasoning", "thinking") if reasoning]
+    require(all(isinstance(text or "", str) for text in texts), f"what the {turn['role']} says is not text")
     try:
-        calls = [call.get("function", call)["name"] for call in turn.get("tool_calls") or []]
+        for call in turn.get("tool_calls") or []:
+            call = call.get("function", call)
+            given = call.get("arguments") or {}
+            texts += [call["name"], *([given] if isinstance(given, str) else given.values())]
     except (AttributeError, KeyError, TypeError) as error:
         raise Mistake('"tool_calls" must be a list of {"function": {"name", "arguments"}}') from error
-    texts = [turn.get("content"), *calls]
-    texts += [turn.get(name) for name in ("reasoning_content", "reasoning", "thinking") if reasoning]
-    texts = [text for text in texts if text]
+    texts = [text for text in texts if text and isinstance(text, str)]
     require(texts or turn["role"] not in ("user", "assistant"), f"a turn ({turn['role']}) is empty")
-    require(all(isinstance(text, str) for text in texts), f"what the {turn['role']} says is not text")
     return texts
 
 
@@ -440,16 +463,26 @@ def load_model(path, dtype):
     generation_config.eos_token_id becomes a list of all tokens that stop sampling."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        file = transformers.utils.cached_file(path, "tokenizer.json",
+                                              _raise_exceptions_for_missing_entries=False)
+        if file:                    # transformers may rebuild it by its class; the model knows the file's
+            rust = tokenizer.backend_tokenizer
+            saved = type(rust).from_file(file)
+            for part in "normalizer", "pre_tokenizer", "model", "decoder":
+                setattr(rust, part, getattr(saved, part))
         config = transformers.AutoConfig.from_pretrained(path)
         for part in config, config.get_text_config():
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
-        require(not getattr(config, "vision_config", None), "it reads pictures: this is for text (README)")
-        require(not config.is_encoder_decoder, "it has an encoder: this is for decoders")
-        require(not getattr(config, "quantization_config", None), "it is quantized: take full weights")
-        require(not Path(path, "adapter_config.json").exists(), "adapter_config.json: take merged weights")
+        require(not getattr(config, "vision_config", None), f"{path}: this is for text, not pictures")
+        require(not config.is_encoder_decoder, f"{path}: this is for decoders, without encoder")
+        require(not getattr(config, "quantization_config", None), f"{path}: quantized; take full weights")
+        adapters = Path(path, "adapter_config.json")
+        require(not adapters.exists(), f"{adapters}: take merged weights, in a folder without adapters")
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
+    except (Mistake, torch.OutOfMemoryError):
+        raise
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
@@ -468,14 +501,10 @@ def load_model(path, dtype):
 
 
 def check_model(lm, path):
-    """Mistake where weights do not train, or answers depend on later tokens or on padding."""
+    """Mistake where a weight is not finite, or answers depend on later tokens or on padding."""
+    bad = [name for name, p in lm.named_parameters() if not p.isfinite().all()]
+    require(not bad, f"{path}: weights that are not finite: {bad[:3]}")
     ids = torch.arange(1, 9, device=DEVICE)[None] % len(lm.get_input_embeddings().weight)      # [1, 8]
-    loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
-    if loss.requires_grad:
-        loss.backward()
-    bad = [name for name, p in lm.named_parameters() if p.grad is None or not p.isfinite().all()]
-    require(not bad, f"{path}: weights that are not finite, or that nothing would train: {bad[:3]}")
-    lm.zero_grad()
     pad = torch.nn.functional.pad
     other = pad(ids[:, :-1], (0, 1))                            # ends otherwise
     only = transformers.GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0,
@@ -489,9 +518,20 @@ def check_model(lm, path):
                          for n in (0, 2))                                                      # [1, V]
     lm.train()
     lm.generation_config = its_own
-    close = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
-    require((before - after).abs().max() <= close, f"{path}: not causal: its logits depend on later tokens")
-    require((alone - padded).abs().max() <= close, f"{path}: it ignores its attention mask: padding counts")
+    near = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
+    require((before - after).abs().max() <= near, f"{path}: not causal: its logits depend on later tokens")
+    require((alone - padded).abs().max() <= near, f"{path}: it ignores its attention mask: padding counts")
+
+
+def check_gradients(lm):
+    """Mistake where a weight gets no gradient: it is frozen, or not used."""
+    ids = torch.zeros(1, 8, dtype=torch.long, device=DEVICE)
+    loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
+    if loss.requires_grad:
+        loss.backward()
+    bad = [name for name, p in lm.named_parameters() if p.grad is None]
+    lm.zero_grad()
+    require(not bad, f"weights that nothing would train: {bad[:3]}")
 
 
 def stop_ids(lm, tokenizer):
@@ -632,14 +672,15 @@ def read_json(path):
 KINDS = ["wrong", "cipher", "terse", "junk"]           # of the classroom's incompatible demonstrations
 CLASSROOM = dict(rewrite_after=60, rewrite_every=6, rewrite_max_tokens=96, steps=300, batch_size=32,
                  micro_batch_tokens=8192, max_length=128, lr=1e-4, weight_decay=0.0, save_every=100,
-                 classroom_size=640, classroom_digits=3, incompatible=0.4, kinds=KINDS)
+                 classroom_size=640, classroom_digits=3, incompatible=0.4, kinds=KINDS,
+                 gradient_checkpointing=False)
 BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=128, initializer_range=0.08, tie_word_embeddings=True, vocab_size=259,
             bos_token_id=None, eos_token_id=1, pad_token_id=0,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0})     # 10000 is for longer texts
 # the base model's run: on its own corpus, from random weights, until this share of sums is right
 BASE_RUN = dict(method="sft", steps=1200, lr=2e-3, warmup_ratio=0.04, weight_decay=0.01, dtype="float32",
-                gradient_checkpointing=False, save_every=10 ** 9)
+                save_every=10 ** 9)
 DOCUMENTS, COMPETENT = 20_000, 0.25
 THREADS = 1                             # their number changes the last digits; runs side by side share cores
 
@@ -705,21 +746,23 @@ def make_base(a, folder):
     lm.generation_config.eos_token_id = [tokenizer.eos_token_id]
     run = new_run(own, lm, tokenizer, *load_examples(own, tokenizer, rows))
     start(run)
-    train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and share_right(run) >= COMPETENT)
+    train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and competence(run) >= COMPETENT)
     finish(run)
-    if RANK == 0 and not finished(folder):
-        os.replace(own.out, folder)
-    right = share_right(run)                                    # the others wait here
+    if RANK == 0 and finished(folder):
+        shutil.rmtree(hidden)
+    elif RANK == 0:
+        os.replace(hidden, folder)
+    right = competence(run)                                     # the others wait here
     say(f"{folder}: right on {right:.0%} of sums, sampled, after {run.step} steps")
 
 
-def share_right(run):
+def competence(run):
     """The share of 64 validation sums, twice each, that are right at temperature 1; as rank 0 finds it."""
     pairs = 2 * problems(3, 64, "validation", set(problems(3, 100)))
-    prompts = [written(run.tokenizer, [{"role": "user", "content": f"{a}+{b}:"}])[1] for a, b in pairs]
+    prompts = [written(run.tokenizer, [{"role": "user", "content": f"{x}+{y}:"}])[1] for x, y in pairs]
     samples = cadft.nucleus_sample(run.lm, prompts, [1], 0, 64, 1.0, 1.0, seed=seed_for(run.step))
-    right = [ids[-1] == 1 and is_sum(response_text(run.tokenizer, prompt, ids), a + b)
-             for prompt, ids, (a, b) in zip(prompts, samples, pairs)]
+    right = [ids[-1] == 1 and is_sum(response_text(run.tokenizer, prompt, ids), x + y)
+             for prompt, ids, (x, y) in zip(prompts, samples, pairs)]
     return gather_objects(sum(right) / len(right))[0]
 
 
@@ -755,7 +798,7 @@ whole, positive = number(int, 0), number(float, 1e-30)
 add("--model", "a Hugging Face folder or hub name; with --data", "")
 add("--data", "a JSONL file; with --model", "")
 add("--out", "output folder (out/<method>-seed<seed>)")
-add("--method", "token loss and weighting", "cadft", choices=METHODS)
+add("--method", "token loss and weighting", "cadft", choices=LOSSES)
 add("--resume", "go on from the checkpoint in --out, if there is one", False, action=switch)
 add("--prompt-field", "JSONL field of the prompt", "prompt")
 add("--response-field", "JSONL field of the response", "response")
@@ -843,6 +886,7 @@ def new_run(a, lm, tokenizer, examples, ends):
     differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
               for name, value in vars(a).items() if name not in MAY_DIFFER and saved.get(name) != value]
     require(not saved or not differ, f"{a.out} holds another run; it differs in {', '.join(differ)}")
+    check_gradients(lm)
     lm.generation_config.eos_token_id = sorted({*lm.generation_config.eos_token_id, *ends})
     if a.gradient_checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -853,9 +897,11 @@ def new_run(a, lm, tokenizer, examples, ends):
 
 def report(run):
     """Say what happened; by kind of demonstration, where kinds are known."""
-    mean = run.tracker.mean                                     # [N]
-    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, run.args.beta)}
-    for kind, row in by_kind(run, run.examples, columns).items():
+    seen = [e for e in run.examples if run.tracker.seen[e.index]]      # the others' average is 0
+    mean = run.tracker.mean[[e.index for e in seen]]
+    beta = run.args.beta if run.args.method in WEIGHTED else 0.0
+    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, beta)}
+    for kind, row in by_kind(run, seen, columns).items():
         say(f"  {kind:15} {row['n']:5} examples, on average c_hat {row['c_hat']:5.2f}, w {row['w']:4.2f}")
     log = run.logs["log.jsonl"]
     say(f"model: {run.args.out}, after {run.seconds:.0f} s; nll {log[0]['nll']:.3f} in the first step, "
@@ -886,7 +932,7 @@ def main(argv):
     say(f"{a.method} on {a.model or 'the classroom'}, {lm.num_parameters():,} parameters, {a.dtype}: "
         f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
     rounds = [step for step in range(run.per_epoch + 1, a.steps + 1)    # before that, nothing is seen twice
-              if METHODS[a.method][1] and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)]
+              if a.method in WEIGHTED and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)]
     say(f"rewriting: after step {rounds[0]:,} and every {a.rewrite_every:,} steps" if rounds else
         f"rewriting: never, with {a.method}, T_warm {a.rewrite_after} and K {a.rewrite_every}")
     train(run)
