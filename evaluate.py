@@ -374,17 +374,17 @@ def gradient_study(run, path, limit):
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = train.number
+    within = train.within
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished runs under out/)")
     add("--data", nargs="+", default=[], metavar="FILE", help="JSONL files of problems")
-    add("--samples", type=number(int, 0), default=16, help="answers a problem, beside the greedy one (16)")
-    add("--temperature", type=number(float, 0.001), default=1.0, help="of the samples (1.0)")
-    add("--top-p", type=number(float, 0.001, 1), default=1.0, help="nucleus of the samples (1.0: all)")
-    add("--max-tokens", type=number(int, 1), help="longer ones are cut off, and wrong (4096; classroom 96)")
-    add("--batch-size", type=number(int, 1), help="answers sampled at once (64; classroom 800)")
+    add("--samples", type=within(int, 0), default=16, help="answers a problem, beside the greedy one (16)")
+    add("--temperature", type=within(float, 0.001), default=1.0, help="of the samples (1.0)")
+    add("--top-p", type=within(float, 0.001, 1), default=1.0, help="nucleus of the samples (1.0: all)")
+    add("--max-tokens", type=within(int, 1), help="longer ones are cut off, and wrong (4096; classroom 96)")
+    add("--batch-size", type=within(int, 1), help="answers sampled at once (64; classroom 800)")
     add("--seed", type=int, default=0, help="of sampling; each run's own seed is mixed in (0)")
-    add("--limit", type=number(int, 1), help="only the first so many problems (of --gradients: 256)")
+    add("--limit", type=within(int, 1), help="only the first so many problems (of --gradients: 256)")
     add("--prompt-template", help='wraps each question: "{prompt} Reason step by step." (the run\'s own)')
     add("--against", default="dft", metavar="ROW", help="the row that others are compared to (dft)")
     add("--out", help="folder for eval-NAME.jsonl (beside the model)")

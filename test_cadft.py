@@ -512,6 +512,14 @@ def test_methods_take_one_path_beta_0_is_dft(made, tmp_path):
     assert first["loss"] < dft["loss"] < sft["loss"] and dft["w_min"] == 1 > first["w_min"]
 
 
+def test_the_report_is_of_what_was_seen_and_of_the_weights_in_force(made, tmp_path, capsys):
+    again(made, tmp_path / "out", "--method", "dft", "--steps", 2)
+    told = re.findall(r"(\d+) seen, on average c_hat +(\S+), w (\S+)", capsys.readouterr().out)
+    seen, c_hat, w = zip(*[map(float, row) for row in told])
+    assert sum(seen) == 2 * 4 and set(w) == {1.0}
+    assert sum(n * c for n, c in zip(seen, c_hat)) == pytest.approx(0, abs=0.02 * 8)
+
+
 @pytest.mark.parametrize("flag, value", (("eps", 1), ("rewrite-top-p", 0.1), ("rewrite-temperature", 99),
                                          ("rewrite-max-tokens", 1), ("weight-decay", 9), ("clip", 1e-9)))
 def test_settings_take_effect(flag, value, made, tmp_path):
@@ -1005,7 +1013,7 @@ def problems(path, lines):
     return evaluate.load_problems(path, train.read_jsonl(jsonl(path, lines)))
 
 
-def test_files_in_the_shapes_of_the_benchmarks_load(tmp_path):
+def test_files_in_the_shapes_of_the_benchmarks_load(tmp_path, capsys):
     told = [({"id": 60, "problem": "a", "answer": "025", "url": "u"}, "a", "025"),
             ({"id": 0, "problem": "b", "answer": 27.0, "question": "c"}, "c", "27.0"),
             ({"problem": "d", "solution": r"\boxed{1}, so \boxed{4.5e33}"}, "d", "4.5e33"),
@@ -1016,6 +1024,7 @@ def test_files_in_the_shapes_of_the_benchmarks_load(tmp_path):
     found = problems(tmp_path / "problems.jsonl", [row for row, *_ in told])
     assert [(p["row"]["question"], p["row"]["reference"]) for p in found] == [tuple(one[1:]) for one in told]
     assert found[-1]["turns"] == TURNS[:2]                     # a system turn, and no answer
+    assert "never used: id, url" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("row", (
@@ -1100,7 +1109,8 @@ def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_experiment_is_told
                        "out/dft-seed12": {"lr": 1, "seed": 12, "out": "4"}, "else/mine": {}}.items():
         jsonl(Path(folder(name)) / "args.json", [args])
     Path("out/begun-seed0").mkdir()
-    runs = evaluate.find_runs([]) + evaluate.find_runs(["else/mine/", "./else/mine", "Qwen/Qwen2-0.5B"])
+    runs = evaluate.find_runs(["else/mine/", "else/../else/mine", "Qwen/Qwen2-0.5B"])
+    runs = evaluate.find_runs([]) + runs
     assert [(run["row"], run["seed"]) for run in runs] == [
         ("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None), ("mine", None),
         ("Qwen/Qwen2-0.5B", None)]
@@ -1123,7 +1133,7 @@ def evaluated(made):
             "rows": evaluate.measure(evaluate.parse(flags))}
 
 
-def test_evaluation_end_to_end(evaluated, tmp_path):
+def test_evaluation_end_to_end(evaluated, made, tmp_path, capsys):
     told = log(evaluated["file"].parent, "eval-sums.jsonl")
     asked = [(row["problem"], str(row["sample"])) for row in told]
     assert asked == [*itertools.product(range(4), ("0", "1", "greedy"))]
@@ -1134,8 +1144,10 @@ def test_evaluation_end_to_end(evaluated, tmp_path):
     assert evaluate.main(["--grade", str(evaluated["file"])]) == 0     # its own file can be graded again
     more = jsonl(tmp_path / "more.jsonl", [{"question": "1+1", "answer": 2}])
     flags = "--data", evaluated["data"], more, "--limit", "2", "--out", str(tmp_path / "out")
-    assert evaluate.main([*evaluated["flags"], *flags]) == 0
-    assert sorted(path.name for path in tmp_path.glob("out/*/*")) == ["eval-more.jsonl", "eval-sums.jsonl"]
+    assert evaluate.main([made["model"], *evaluated["flags"], *flags]) == 0
+    files = sorted(path.name for path in tmp_path.glob("out/*/*"))
+    assert files == ["eval-more.jsonl"] * 2 + ["eval-sums.jsonl"] * 2
+    assert "asked in different words" in capsys.readouterr().out
 
 
 @pytest.mark.ranks

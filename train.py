@@ -92,16 +92,18 @@ def train_step(run, net, batches):
     """One optimizer step on this rank's micro-batches: the algorithm, whole. Returns columns {name: [G]} of
     the global batch, on the CPU, the same on every rank; and grad_norm."""
     a = run.args
-    token_loss, beta = LOSSES[a.method], a.beta if a.method in WEIGHTED else 0.0
+    token_loss = LOSSES[a.method]
+    beta = a.beta if a.method in WEIGHTED else 0.0
     with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
-        outputs = list(forward(net, batches))
+        outputs = [forward(net, batch, batch is batches[-1]) for batch in batches]
     c_raw = per_sample(cadft.compatibility, outputs)                            # [B]
     c_hat = cadft.batch_zscore(c_raw, a.eps)                                    # [B]
     w = cadft.compatibility_weight(c_hat, beta)                                 # [B]
     loss = per_sample(token_loss, outputs)                                      # [B]
     if a.two_pass:
         parts = w.split([len(batch["index"]) for batch in batches])             # [rows] each
-        for part, (nll, mask) in zip(parts, forward(net, batches)):
+        for batch, part in zip(batches, parts):
+            nll, mask = forward(net, batch, batch is batches[-1])
             (cadft.cadft_loss(token_loss(nll, mask), part) * len(part) / len(w)).backward()
     else:
         cadft.cadft_loss(loss, w).backward()
@@ -115,11 +117,10 @@ def train_step(run, net, batches):
     return table | {"grad_norm": grad_norm.item()}
 
 
-def forward(net, batches):
-    """Yield nll, mask [rows, T-1] of each micro-batch, one after the other."""
-    for batch in batches:
-        net.require_backward_grad_sync = batch is batches[-1]       # DDP reduces once, after the last
-        yield net(batch["input_ids"], batch["labels"])
+def forward(net, batch, is_last):
+    """nll, mask [rows, T-1] of a micro-batch. DDP reduces the gradients once: in the last one's backward."""
+    net.require_backward_grad_sync = is_last
+    return net(batch["input_ids"], batch["labels"])
 
 
 def per_sample(score, outputs):
@@ -378,9 +379,27 @@ def encode(tokenizer, turns, tools=None):
     same = len(os.path.commonprefix([asked, whole]))
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
+    check_written(turns, asked, whole)
     more_tools = [*tools, *tools] if tools else None
     require(not tools or written(tokenizer, turns[:-1], more_tools)[0] != asked,
             "the chat template leaves out the tools")
+    response = ids[len(prompt):]
+    if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
+        response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
+    ends = special_ids(tokenizer)
+    if tokenizer.chat_template:
+        check_nothing_follows(tokenizer, prompt, response, ends)
+    closed = list(response)
+    while closed and closed[-1] not in ends and not tokenizer.decode(closed[-1]).strip():
+        closed.pop()                                            # white space behind the token that closes it
+    if not tokenizer.chat_template or not closed or closed[-1] not in ends:
+        closed = [*response, tokenizer.eos_token_id]
+    require(prompt and len(closed) > 1, "no token in the prompt or the response: is it the model's own?")
+    return prompt, closed
+
+
+def check_written(turns, asked, whole):
+    """Mistake where the text of the whole dialogue, or of what is asked in it, lacks what a turn says."""
     before, after = ("".join(text.split()) for text in (asked, whole))       # white space doesn't count
     for turn in turns:
         last = turn is turns[-1]
@@ -392,22 +411,16 @@ def encode(tokenizer, turns, tools=None):
             forms = ["".join(form.split()) for form in (text, escaped)]
             require(any(after.count(form) > before.count(form) if last else form in before for form in forms),
                     f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
-    response = ids[len(prompt):]
-    if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
-        response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
-    ends, n = special_ids(tokenizer), 0
-    while tokenizer.chat_template and n < min(len(prompt), len(response)) - 1 and prompt[~n] == response[~n]:
-        n += 1                                                  # both end with the same n tokens
+
+
+def check_nothing_follows(tokenizer, prompt, response, ends):
+    """Mistake where the response's last tokens, behind one that ends turns, are what the prompt ends with."""
+    n = 0
+    while n < min(len(prompt), len(response)) - 1 and prompt[~n] == response[~n]:
+        n += 1
         words = tokenizer.decode(response[-n:], skip_special_tokens=True).strip()
         require(response[~n] not in ends or not words, "the chat template opens a turn behind the response, "
                 f"{words!r}: let it do so only if add_generation_prompt is true")
-    closed = list(response)
-    while closed and closed[-1] not in ends and not tokenizer.decode(closed[-1]).strip():
-        closed.pop()                                            # white space behind the token that closes it
-    if not tokenizer.chat_template or not closed or closed[-1] not in ends:
-        closed = [*response, tokenizer.eos_token_id]
-    require(prompt and len(closed) > 1, "no token in the prompt or the response: is it the model's own?")
-    return prompt, closed
 
 
 def special_ids(tokenizer):
@@ -780,7 +793,7 @@ class Parser(argparse.ArgumentParser):
         raise Mistake(f"{message}; see --help")
 
 
-def number(kind, low, high=math.inf):
+def within(kind, low, high=math.inf):
     """A `type=` for argparse: an int or a float from low to high."""
     def read(text):
         """What argparse calls."""
@@ -793,8 +806,8 @@ def number(kind, low, high=math.inf):
 # the flags, with the paper's values: those for your own model
 PARSER = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                 epilog=f"Without --model: {CLASSROOM}")
-add, switch, fraction, count = PARSER.add, argparse.BooleanOptionalAction, number(float, 0, 1), number(int, 1)
-whole, positive = number(int, 0), number(float, 1e-30)
+add, switch, fraction, count = PARSER.add, argparse.BooleanOptionalAction, within(float, 0, 1), within(int, 1)
+whole, positive = within(int, 0), within(float, 1e-30)
 add("--model", "a Hugging Face folder or hub name; with --data", "")
 add("--data", "a JSONL file; with --model", "")
 add("--out", "output folder (out/<method>-seed<seed>)")
@@ -806,29 +819,29 @@ add("--prompt-template", 'wraps each prompt: "{prompt} Reason step by step."', "
 add("--dtype", "else bfloat16 on CUDA with --model", choices=["float32", "bfloat16", "float64"])
 add("--gradient-checkpointing", "recompute activations in backward", True, action=switch)
 add("--two-pass", "score, then train: memory of one micro-batch", False, action=switch)
-add("--beta", "w = exp(-beta max(0, c_hat)); 0: all are 1", 1.0, type=number(float, 0, 1e9))
+add("--beta", "w = exp(-beta max(0, c_hat)); 0: all are 1", 1.0, type=within(float, 0, 1e9))
 add("--eps", "added to the standard deviation of the z-score", 1e-6, type=positive)
-add("--ema-decay", "of the moving average of c_hat", 0.5, type=number(float, 0, 0.9999))
+add("--ema-decay", "of the moving average of c_hat", 0.5, type=within(float, 0, 0.9999))
 add("--rewrite-after", "T_warm: no rewriting before this step", 3000, type=whole)
 add("--rewrite-every", "K: steps between rounds; 0: no rewriting", 1000, type=whole)
 add("--rewrite-fraction", "share of the data set that a round may pick", 0.005, type=fraction)
 add("--rewrite-prob", "probability that a picked example is rewritten", 0.5, type=fraction)
-add("--rewrite-top-p", "nucleus of a rewrite", 0.9, type=number(float, 1e-3, 1))
-add("--rewrite-temperature", "temperature of a rewrite", 0.7, type=number(float, 1e-3))
+add("--rewrite-top-p", "nucleus of a rewrite", 0.9, type=within(float, 1e-3, 1))
+add("--rewrite-temperature", "temperature of a rewrite", 0.7, type=within(float, 1e-3))
 add("--rewrite-max-tokens", "length limit of a rewrite (paper silent)", 2048, type=count)
 add("--steps", "optimizer steps; 0: as many as --epochs makes", 0, type=whole)
 add("--epochs", "instead of --steps: passes over the data (1)", type=count)
 add("--batch-size", "|B|: the effective global batch, of all ranks", 256, type=count)
 add("--micro-batch-tokens", "padded tokens of one forward", 16384, type=count)
-add("--max-length", "of prompt and response; longer ones are cut", 2048, type=number(int, 2))
+add("--max-length", "of prompt and response; longer ones are cut", 2048, type=within(int, 2))
 add("--lr", "peak learning rate", 5e-5, type=positive)
 add("--warmup-ratio", "share of the steps that warm up; then a cosine to 0", 0.1, type=fraction)
-add("--weight-decay", "of AdamW", 0.01, type=number(float, 0))
+add("--weight-decay", "of AdamW", 0.01, type=within(float, 0))
 add("--clip", "largest gradient norm", 1.0, type=positive)
 add("--seed", "decides order, rewrites, and all of the classroom", 0, type=whole)
 add("--save-every", "steps between checkpoints", 50, type=count)
 add("--classroom-size", "demonstrations in the classroom", type=count)
-add("--classroom-digits", "digits of the numbers; the base knows 1 to 3", type=number(int, 2, 6))
+add("--classroom-digits", "digits of the numbers; the base knows 1 to 3", type=within(int, 2, 6))
 add("--incompatible", "share of incompatible demonstrations in the classroom", type=fraction)
 add("--kinds", "of incompatible demonstrations", nargs="+", choices=KINDS)
 
@@ -896,13 +909,13 @@ def new_run(a, lm, tokenizer, examples, ends):
 
 
 def report(run):
-    """Say what happened; by kind of demonstration, where kinds are known."""
+    """Say what happened; by kind, where kinds are known: of examples seen, since a rewrite if there was one."""
     seen = [e for e in run.examples if run.tracker.seen[e.index]]      # the others' average is 0
     mean = run.tracker.mean[[e.index for e in seen]]
     beta = run.args.beta if run.args.method in WEIGHTED else 0.0
     columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, beta)}
     for kind, row in by_kind(run, seen, columns).items():
-        say(f"  {kind:15} {row['n']:5} examples, on average c_hat {row['c_hat']:5.2f}, w {row['w']:4.2f}")
+        say(f"  {kind:15} {row['n']:5} seen, on average c_hat {row['c_hat']:5.2f}, w {row['w']:4.2f}")
     log = run.logs["log.jsonl"]
     say(f"model: {run.args.out}, after {run.seconds:.0f} s; nll {log[0]['nll']:.3f} in the first step, "
         f"{log[-1]['nll']:.3f} in the last; {len(run.rewrites)} examples rewritten")
