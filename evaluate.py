@@ -346,6 +346,7 @@ def gradient_study(run, path, limit):
     own.data, own.classroom_size = path, limit
     rows = train.read_jsonl(path) if path else train.classroom_rows(own, split="held back")
     lm, tokenizer = train.load_model(run["path"], torch.float32)
+    train.check_gradients(lm)
     examples, _ = train.load_examples(own, tokenizer, islice(rows, limit))
     c_raw, squared = [], {"sft": [], "dft": []}                                # squared: ||g||^2
     for example in tqdm(examples, "gradients", disable=None):

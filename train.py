@@ -909,7 +909,7 @@ def new_run(a, lm, tokenizer, examples, ends):
 
 
 def report(run):
-    """Say what happened; by kind, where kinds are known: of examples seen, since a rewrite if there was one."""
+    """Say what happened; by kind, where kinds are known, of examples seen (since they were rewritten)."""
     seen = [e for e in run.examples if run.tracker.seen[e.index]]      # the others' average is 0
     mean = run.tracker.mean[[e.index for e in seen]]
     beta = run.args.beta if run.args.method in WEIGHTED else 0.0
