@@ -251,7 +251,7 @@ def nucleus_sample(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temp
     """
     from transformers import GenerationConfig       # only sampling needs it
     device = lm.get_input_embeddings().weight.device
-    rows = [torch.tensor(p, device=device) for p in prompts]
+    rows = [torch.as_tensor(p, dtype=torch.long, device=device) for p in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")      # [B, width]
     seen = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     how = dict(do_sample=False)

@@ -478,8 +478,8 @@ def load_model(path, dtype):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         file = transformers.utils.cached_file(path, "tokenizer.json",
                                               _raise_exceptions_for_missing_entries=False)
-        if file:                    # transformers may rebuild it by its class; the model knows the file's
-            rust = tokenizer.backend_tokenizer
+        rust = getattr(tokenizer, "backend_tokenizer", None)
+        if file and rust is not None:   # transformers may rebuild it by its class; the model knows the file's
             saved = type(rust).from_file(file)
             for part in "normalizer", "pre_tokenizer", "model", "decoder":
                 setattr(rust, part, getattr(saved, part))
