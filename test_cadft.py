@@ -698,6 +698,10 @@ def test_untrained_weights_are_refused_longrope_limits_the_length_and_special_to
     lm.generation_config.eos_token_id = [2, 40]                # 40 is a letter
     lm, _ = train.load_model(folder(tmp_path / "m", lm), torch.float32)
     assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
+    data = jsonl(tmp_path / "data.jsonl", [PLAIN] * 4)
+    a = train.parse(["--model", "m", "--data", data, "--batch-size", "4", "--max-length", "64"])
+    examples, ends = train.load_examples(a, characters())
+    assert train.new_run(a, lm, None, examples, ends | {40}).lm.generation_config.eos_token_id == [2, 40]
 
 
 def test_settings_that_could_not_be_saved_go_as_do_old_masks_and_a_tag_is_no_end(tmp_path):
@@ -844,6 +848,7 @@ def classroom(tmp_path, monkeypatch):
 
 def test_the_base_model_is_an_ordinary_run_made_as_a_whole_and_once_for_all_methods(classroom):
     base, runs = Path("out", "base-seed0"), [Path("out", f"{method}-seed0") for method in ("cadft", "focal")]
+    threads = torch.get_num_threads()
     interrupted({"flags": classroom}, "out/x", 2)
     assert not base.exists()
     assert train.main(classroom) == 0
@@ -851,6 +856,7 @@ def test_the_base_model_is_an_ordinary_run_made_as_a_whole_and_once_for_all_meth
     assert len(log(base)) == 4 and train.read_json(Path(base, "args.json"))["method"] == "sft"
     assert train.main([*classroom, "--method", "focal"]) == 0
     assert sorted(Path("out").glob("[!.]*")) == [base, *runs]
+    assert torch.get_num_threads() == threads > train.THREADS
     assert log(runs[0])[0]["c_mean"] == log(runs[1])[0]["c_mean"]      # the same base, data and order
     other = [*classroom, "--out", "other/x", "--max-length", "100", "--prompt-template", "z{prompt}"]
     assert train.main(other) == 0                              # the base does not depend on the run's flags
@@ -1084,7 +1090,7 @@ def test_counting_by_hand_errors_of_a_single_run_are_over_problems():
     for name, values in each.items():
         assert number(row, name) == (pytest.approx(statistics.fmean(values)), error(values)), name
     head, line, _ = evaluate.table([row], "dft")
-    assert "Average@4" in head and line.split()[:3] == ["3", "sums", "dft"]
+    assert "Average@4" in head and "- dft" not in head and line.split()[:3] == ["3", "sums", "dft"]
     row, = evaluate.compare([answered(["1"])], "dft")          # one number has no error
     assert number(row, "average")[0] == 1 and math.isnan(number(row, "average")[1])
 
