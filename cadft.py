@@ -14,8 +14,6 @@
 Dimensions: B rows on this rank, G rows in the global batch |B|, T tokens, R response tokens of a micro-batch,
 H hidden size, V vocabulary, N examples of the data set. "Paper silent" marks a choice that is ours.
 """
-import weakref
-
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -62,31 +60,31 @@ def _cross_entropy(head, features, targets):
     return cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none")
 
 
-_PLAIN = weakref.WeakKeyDictionary()        # model -> what has_plain_head found
-
 @torch.no_grad()
 def has_plain_head(lm):
     """Are the model's logits its output embedding times its last hidden state, and nothing else?
 
     Soft-capping (Gemma 2) and logit scales (Cohere, Granite) are read from the config, since small logits can
-    hide them; else the logits of a short sequence are computed both ways. Returns a bool.
+    hide them; else the logits of a short sequence are computed both ways, once. Returns a bool.
     """
-    if lm not in _PLAIN:
-        config, device = lm.config.get_text_config(), lm.get_input_embeddings().weight.device
-        settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"
-        altered = any(getattr(config, name, None) not in (None, 1.0) for name in settings)
-        if altered or lm.base_model is lm:      # Llama 4 does not name its part without a head
-            return False
-        ids = torch.arange(8, device=device)[None] % config.vocab_size          # [1, 8]
-        was_training = lm.training
-        lm.eval()
-        with torch.autocast(device.type, enabled=False):
-            own = lm(input_ids=ids, use_cache=False).logits                     # [1, 8, V]
-            ours = lm.get_output_embeddings()(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        lm.train(was_training)
-        tolerance = 8 * torch.finfo(own.dtype).eps * own.abs().max()
-        _PLAIN[lm] = own.shape == ours.shape and bool((own - ours).abs().max() <= tolerance)
-    return _PLAIN[lm]
+    if hasattr(lm, "_has_plain_head"):
+        return lm._has_plain_head
+    config = lm.config.get_text_config()
+    device = lm.get_input_embeddings().weight.device
+    settings = "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"
+    altered = any(getattr(config, name, None) not in (None, 1.0) for name in settings)
+    if altered or lm.base_model is lm:          # Llama 4 does not name its part without a head
+        return False
+    ids = torch.arange(8, device=device)[None] % config.vocab_size              # [1, 8]
+    was_training = lm.training
+    lm.eval()
+    with torch.autocast(device.type, enabled=False):
+        own = lm(input_ids=ids, use_cache=False).logits                         # [1, 8, V]
+        ours = lm.get_output_embeddings()(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    lm.train(was_training)
+    tolerance = 8 * torch.finfo(own.dtype).eps * own.abs().max()
+    lm._has_plain_head = own.shape == ours.shape and bool((own - ours).abs().max() <= tolerance)
+    return lm._has_plain_head
 
 
 # ---- Dynamic Compatibility Evaluation ---------------------------------------------------------------------
@@ -105,9 +103,8 @@ def batch_zscore(c_raw, eps=1e-6):
 
     c_raw  [B] of this rank, all its micro-batches together. Where a torch.distributed process group exists,
            the scores of all ranks are gathered: the result does not depend on how the batch is sharded.
-    Returns c_hat [B], no unit, detached. Computed in float64, so that equal float32 scores, a batch of one
-    among them, give exactly 0. Raises ValueError when ranks hold different numbers of rows.
-    Section: Dynamic Compatibility Evaluation.
+    Returns c_hat [B], no unit, detached; exactly 0 for equal scores and a batch of one, by float64. Raises
+    ValueError when ranks hold different numbers of rows. Section: Dynamic Compatibility Evaluation.
     """
     own = c_raw.detach()                                                        # [B]
     counts = gather(torch.full((1,), len(own), device=own.device)).tolist()
@@ -172,8 +169,7 @@ def cadft_loss(loss, w):
     loss  [B] this rank's dft_loss (or another), with gradient; equal B on all ranks, as batch_zscore checks
     w     [B] their weights from compatibility_weight
     Returns a scalar with gradient: the mean over this rank's rows. DistributedDataParallel averages over
-    ranks, which hold equal shares: the gradient of L_CADFT. w = 1 is DFT.
-    Section: Compatibility-Aware Objective.
+    ranks of equal shares: the gradient of L_CADFT. w = 1 is DFT. Section: Compatibility-Aware Objective.
     """
     return (w.detach() * loss).mean()
 
@@ -260,7 +256,8 @@ def nucleus_sample(lm, prompts, eos_ids, pad_id, max_new_tokens, top_p=0.9, temp
     only = GenerationConfig(**how, use_cache=True, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids),
                             pad_token_id=pad_id)
     inputs = only.update(**more)                    # what is no setting of generate is an input of the model
-    was_training, its_own = lm.training, lm.generation_config
+    was_training = lm.training
+    its_own = lm.generation_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:

@@ -301,10 +301,9 @@ def table(rows, against):
         lines.append([f"{len(runs[0]['each'])} {row['data']}", row["row"], str(len(runs)),
                       *(percent(values, i) for i in range(4)), f"{values[0, 4]:.1f}".replace("nan", "-"),
                       *(percent(difference, i, "+") for i in range(2))])
-    if {cell for line in lines[1:] for cell in line[-2:]} == {"-"}:
-        lines = [line[:-2] for line in lines]                  # there is nothing to compare with
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = ["  ".join(map(str.rjust, line, widths)) for line in lines]
+    columns = [column for column in zip(*lines) if {*column[1:]} != {"-"}]     # others are unknown
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in zip(*columns)]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 

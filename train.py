@@ -298,7 +298,8 @@ def load_examples(a, tokenizer, rows=None):
             notes[f"responses cut at {a.max_length} tokens with their prompt"] += 1
         if kept:
             kind = None if row.get("kind") is None else str(row["kind"])
-            prompt, kept = torch.tensor(prompt, dtype=torch.int32), torch.tensor(kept, dtype=torch.int32)
+            prompt = torch.tensor(prompt, dtype=torch.int32)
+            kept = torch.tensor(kept, dtype=torch.int32)
             examples.append(Example(len(examples), line, prompt, kept, kind))
     say(*[f"{note} in {n:,} rows" for note, n in notes.items()])
     require(examples, f"{source}: no usable row")
@@ -700,7 +701,8 @@ THREADS = 1                             # their number changes the last digits; 
 
 def addition(a, b, slip=lambda column, total: total):
     """A worked sum, units first: 347, 586 -> 7+6+0=13,4+8+1=13,3+5+1=9>933; `slip` may falsify a total."""
-    width, steps, carry, digits = max(len(str(a)), len(str(b))), [], 0, ""
+    width = max(len(str(a)), len(str(b)))
+    steps, carry, digits = [], 0, ""
     for column, (x, y) in enumerate(zip(str(a).zfill(width)[::-1], str(b).zfill(width)[::-1])):
         total = slip(column, int(x) + int(y) + carry)
         steps.append(f"{x}+{y}+{carry}={total}")
@@ -724,13 +726,15 @@ def is_sum(text, total):
 
 def classroom_rows(a, split="train"):
     """Yield the demonstrations, none of them a test problem, as the rows of a JSONL file: (line, object)."""
-    draw, held_out = random.Random(f"{split} {a.seed} kinds"), set(problems(a.classroom_digits, 100))
+    draw = random.Random(f"{split} {a.seed} kinds")
+    held_out = set(problems(a.classroom_digits, 100))
     pairs = problems(a.classroom_digits, a.classroom_size, f"{split} {a.seed}", held_out)
     for line, (x, y) in enumerate(pairs, 1):
         bad = draw.random() < a.incompatible
         kind, text = draw.choice(a.kinds) if bad else "right", addition(x, y)
         if kind == "wrong":                                     # another total in one column, carried on
-            at, by = draw.randrange(len(str(max(x, y)))), draw.randrange(1, 20)
+            at = draw.randrange(len(str(max(x, y))))
+            by = draw.randrange(1, 20)
             text = addition(x, y, lambda column, total: (total + by) % 20 if column == at else total)
         if kind == "cipher":
             text = text.translate(str.maketrans("0123456789", "abcdefghij"))
@@ -806,8 +810,12 @@ def within(kind, low, high=math.inf):
 # the flags, with the paper's values: those for your own model
 PARSER = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                 epilog=f"Without --model: {CLASSROOM}")
-add, switch, fraction, count = PARSER.add, argparse.BooleanOptionalAction, within(float, 0, 1), within(int, 1)
-whole, positive = within(int, 0), within(float, 1e-30)
+add = PARSER.add
+switch = argparse.BooleanOptionalAction
+fraction = within(float, 0, 1)
+positive = within(float, 1e-30)
+count = within(int, 1)
+whole = within(int, 0)
 add("--model", "a Hugging Face folder or hub name; with --data", "")
 add("--data", "a JSONL file; with --model", "")
 add("--out", "output folder (out/<method>-seed<seed>)")
@@ -888,7 +896,8 @@ def program(body):
 
 def new_run(a, lm, tokenizer, examples, ends):
     """A run at its beginning, once what can be known to fail before the first step is checked."""
-    n, token = len(examples), max(int(ids.max()) for e in examples for ids in (e.prompt_ids, e.response_ids))
+    n = len(examples)
+    token = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, e.response_ids))
     require(a.max_length <= positions(lm), f"--max-length {a.max_length}: the model takes {positions(lm)}")
     require(a.batch_size <= n, f"--batch-size {a.batch_size}: there are only {n} examples")
     require(a.batch_size % WORLD == 0, f"--batch-size {a.batch_size}: no multiple of {WORLD} processes")
