@@ -221,11 +221,11 @@ class CompatibilityEMA(torch.nn.Module):
     def pick(self, fraction=0.005):
         """The persistently incompatible: seen at least twice, average above 0; a list, the highest first.
 
-        At most `fraction` of the N examples, but one where any qualifies. Paper silent: what is persistent.
+        At most `fraction` of N, but one where any qualifies; 0: none. Paper silent: what is persistent.
         """
         order = torch.argsort(self.mean, descending=True, stable=True)          # [N] ties: lower index first
         order = order[(self.seen[order] >= 2) & (self.mean[order] > 0)]
-        return order[:max(1, int(fraction * len(self.mean) + 1e-9))].tolist()   # 1e-9: 0.29 * 100 < 29
+        return order[:max(int(fraction > 0), int(fraction * len(self.mean) + 1e-9))].tolist()  # 0.29*100 < 29
 
     def forget(self, index):
         """Start example `index` anew. Paper silent: its average described a text that has been replaced."""

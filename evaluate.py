@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import threading
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
@@ -170,11 +171,12 @@ def is_correct(response, reference):
 def equal(answer, reference):
     """Whether answers are equal, as math-verify understands them: `answer` is text with $LaTeX$ in it.
 
-    sympy computes what they say, for five seconds at most: by a signal, so in the main thread, on Unix alone.
+    sympy computes what they say, for five seconds at most; without limit outside of Unix or the main thread.
     """
     library = needed("math_verify", "math-verify")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    seconds = 5 if os.name == "posix" else None
+    main_thread = threading.current_thread() is threading.main_thread()
+    seconds = 5 if os.name == "posix" and main_thread else None
     reference = str(reference)[:500]
     spelt, wanted = (re.sub(r"[\s$]", "", text) for text in (answer, reference))
     if spelt == wanted or not spelt or not wanted:
@@ -332,19 +334,20 @@ def draw(path, rows):
         means = [part.mean(0).tolist() for part in torch.tensor(curve).double().split(10)]
         left.plot(*zip(*means), label=kind, linewidth=3)
     left.set(title="w by kind of demonstration, last run", xlabel="step", ylim=(0, 1.05))
-    if lines:
+    if left.lines:
         left.legend()
     picture.savefig(path, dpi=160)
 
 
 # ==== Gradients =============================================================================================
 
-def gradient_study(run, path, limit):
+def gradient_study(run, path, limit, template=None):
     """{what: number}. The assumption: incompatible samples have large gradients. The claim: weights lower
     E||g||^2. On the N demonstrations in a file, or without one on newly drawn sums like the run's own."""
     own = train.parse(["--model", run["path"], "--data", path] if path else [])
     vars(own).update((name, value) for name, value in run["args"].items() if value is not None)
     own.data, own.classroom_size = path, limit
+    own.prompt_template = template or own.prompt_template
     rows = train.read_jsonl(path) if path else train.classroom_rows(own, split="held back")
     lm, tokenizer = train.load_model(run["path"], torch.float32)
     train.check_gradients(lm)
@@ -358,7 +361,8 @@ def gradient_study(run, path, limit):
             loss = train.LOSSES[name](nll, mask).sum()
             gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
             squared[name].append(sum(part.square().sum().item() for part in gradient))
-    c_hat = cadft.batch_zscore(torch.tensor(c_raw).double(), own.eps)          # [N]
+    c_raw = torch.tensor(c_raw, dtype=torch.float64, device=train.DEVICE)      # [N]
+    c_hat = cadft.batch_zscore(c_raw, own.eps).cpu()                           # [N]
     w = cadft.compatibility_weight(c_hat, own.beta)                            # [N]
     found = {"demonstrations": len(examples)}
     for name, values in squared.items():
@@ -436,7 +440,7 @@ def main(argv):
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     if a.gradients:
         for run, path in product(find_runs(a.runs), a.data or [""]):
-            numbers = gradient_study(run, path, a.limit or 256)
+            numbers = gradient_study(run, path, a.limit or 256, a.prompt_template)
             train.say(f"{run['path']} {path}", *(f"  {name:36} {numbers[name]:7.3g}" for name in numbers))
         return
     if a.plot:

@@ -255,7 +255,7 @@ def test_rewriting_is_due_every_K_steps_and_picks_the_highest_persistent_moving_
     ema.update(torch.arange(90), c_hat[:90])                   # the ten highest are not seen again
     assert ema.pick(1.0) == list(range(89, 49, -1))            # average above 0 only
     assert ema.pick(0.29) == list(range(89, 60, -1))           # 29 of them
-    assert ema.pick(0.005) == [89]                             # half an example: at least one
+    assert ema.pick(0.005) == [89] and ema.pick(0) == []       # half an example: at least one
 
 
 def test_sampling_obeys_top_p_and_temperature_alone_is_seeded_and_leaves_all_as_it_was():
@@ -459,7 +459,7 @@ def test_ranks_micro_batches_checkpointing_and_two_passes_do_not_change_the_run(
 @pytest.mark.parametrize("flags, said", (
     ((), "after step 12 and every 3 steps"), (("--steps", 11), "never"), (("--method", "dft"), "never"),
     (("--rewrite-after", 0, "--rewrite-every", 4), "after step 8 and every 4"),
-    (("--rewrite-every", 0), "never")))
+    (("--rewrite-every", 0), "never"), (("--rewrite-fraction", 0), "never")))
 def test_a_run_says_when_rewriting_can_happen(flags, said, made, tmp_path, capsys):
     interrupted(made, tmp_path / "out", 1, *flags)
     assert f"rewriting: {said}" in capsys.readouterr().out
@@ -709,7 +709,8 @@ def test_settings_that_could_not_be_saved_go_as_do_old_masks_and_a_tag_is_no_end
     settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None], "stop_strings": ["a"]}
     Path(odd, "generation_config.json").write_text(json.dumps(settings))
     train.load_model(odd, torch.float32)[0].save_pretrained(tmp_path / "saved")
-    old = tiny("gpt2").state_dict() | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    constants = {f"transformer.h.0.attn.{name}bias": torch.ones(1) for name in ("masked_", "attention.")}
+    old = tiny("gpt2").state_dict() | constants
     train.load_model(folder(tmp_path / "old", tiny("gpt2"), state_dict=old), torch.float32)
     tokenizer = characters("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens("</a>")
@@ -1239,6 +1240,7 @@ def test_the_gradient_study_is_that_of_direct_backwards(made, capsys):
                      f"c_hat and ||g|| of {name}, Spearman": statistics.correlation(ranks(c_raw), ranks(g)),
                      f"E||w g||^2 / E||g||^2 of {name}": sum(w * w * x for w, x in zip(w, g)) / sum(g)}
     assert found == pytest.approx(expected, rel=1e-4)
+    assert evaluate.gradient_study(run, made["data"], 4, "z{prompt}") != pytest.approx(expected, rel=1e-4)
     assert evaluate.main([str(made["one"]), "--gradients", "--data", made["data"], "--limit", "3"]) == 0
     assert "E||w g||^2" in capsys.readouterr().out
 

@@ -500,7 +500,8 @@ def load_model(path, dtype):
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    wrong = [name for name in wrong if not name.endswith("masked_bias")]       # a constant of old GPT-2 files
+    masks = "masked_bias", "attn.attention.bias"                # constants in old GPT-2 and GPT-Neo files
+    wrong = [name for name in wrong if not name.endswith(masks)]
     require(not wrong, f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
     require(tokenizer.eos_token_id is not None, f"{path}: its tokenizer has no end-of-sequence token")
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
@@ -532,7 +533,7 @@ def check_model(lm, path):
                          for n in (0, 2))                                                      # [1, V]
     lm.train()
     lm.generation_config = its_own
-    near = torch.finfo(before.dtype).eps ** 0.5 * before.abs().max()
+    near = max(torch.finfo(before.dtype).eps, 1e-7) ** 0.5 * before.abs().max()     # parts may be float32
     require((before - after).abs().max() <= near, f"{path}: not causal: its logits depend on later tokens")
     require((alone - padded).abs().max() <= near, f"{path}: it ignores its attention mask: padding counts")
 
@@ -911,6 +912,7 @@ def new_run(a, lm, tokenizer, examples, ends):
     check_gradients(lm)
     lm.generation_config.eos_token_id = sorted({*lm.generation_config.eos_token_id, *ends})
     if a.gradient_checkpointing:
+        require(lm.supports_gradient_checkpointing, "this model needs --no-gradient-checkpointing")
         lm.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=a.weight_decay, fused=True)
     tracker = cadft.CompatibilityEMA(n, a.ema_decay)
@@ -955,6 +957,7 @@ def main(argv):
         f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
     rounds = [step for step in range(run.per_epoch + 1, a.steps + 1)    # before that, nothing is seen twice
               if a.method in WEIGHTED and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)]
+    rounds = rounds if a.rewrite_fraction * a.rewrite_prob > 0 else []
     say(f"rewriting: after step {rounds[0]:,} and every {a.rewrite_every:,} steps" if rounds else
         f"rewriting: never, with {a.method}, T_warm {a.rewrite_after} and K {a.rewrite_every}")
     train(run)
