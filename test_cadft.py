@@ -650,6 +650,8 @@ def test_what_the_template_leaves_out_or_asks_otherwise_is_a_mistake(chat, given
     with pytest.raises(train.Mistake) as told:
         train.encode(marked(chat), [ASKED, GIVEN | given])
     assert all(word in str(told.value) for word in words)
+    thought = GIVEN | {"content": "<think>3</think>", "tool_calls": [{"function": {"name": "add"}}]}
+    train.encode(marked(CALLS), [ASKED, thought, ASKED, GIVEN])
     with pytest.raises(train.Mistake, match="leaves out the tools"):
         train.encode(marked(BODY), [ASKED, GIVEN], [{"type": "function", "function": {"name": "add"}}])
 

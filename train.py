@@ -407,7 +407,7 @@ def check_written(turns, asked, whole):
         for text in said(turn, reasoning=last):
             text = text if last else text.split("</think>")[-1]         # templates drop earlier reasoning
             escaped = json.dumps(text, ensure_ascii=False)[1:-1]        # so some write what tools return
-            if turn.get("tool_calls") and text[0] == "{":               # arguments: an object, not its text
+            if turn.get("tool_calls") and text.startswith("{"):         # arguments: an object, not its text
                 escaped = text
             forms = ["".join(form.split()) for form in (text, escaped)]
             require(any(after.count(form) > before.count(form) if last else form in before for form in forms),
