@@ -47,8 +47,9 @@ def find_runs(paths):
         require(on_hub or train.finished(path), f"{path}: no finished model there; see train.py --resume")
         name = path.as_posix() if on_hub else path.resolve().name
         row, seed = re.fullmatch("(.+?)(?:-seed([0-9]+))?", name).groups()
-        runs.append({"path": path.as_posix(), "row": row, "seed": seed and int(seed),
-                     "args": train.read_json(path / "args.json")})
+        args = train.read_json(path / "args.json")
+        runs.append({"path": path.as_posix(), "row": row, "seed": seed and int(seed), "args": args,
+                     "prompt_template": args.get("prompt_template") or "{prompt}"})
     return runs
 
 
@@ -112,7 +113,7 @@ def reference_of(row, where):
 
 def sample_answers(lm, tokenizer, run, problems, a):
     """Rows of eval-NAME.jsonl, on every rank: a greedy answer and a.samples samples a problem, graded."""
-    template = a.prompt_template or run["args"].get("prompt_template") or "{prompt}"
+    template = a.prompt_template or run["prompt_template"]
     prompts = [encode_question(lm, tokenizer, problem, template) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
     batches = []                                                               # of (problem, sample)
@@ -160,7 +161,7 @@ def grade(row):
 
 def is_correct(response, reference):
     """Whether the answer that a response ends with equals the reference; of "18 dollars a day" 18 counts."""
-    text = re.sub(r"\\[()]", "$", str(response).split("</think>")[-1]).strip()
+    text = re.sub(r"\\[()]", "$", behind_thoughts(response))
     answer = extract_answer(text)
     if answer == text and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
         return equal(text[-500:], reference)
@@ -194,9 +195,14 @@ def equal(answer, reference):
         return True                                            # no plain numbers
 
 
+def behind_thoughts(response):
+    """What a response says behind its last </think>."""
+    return str(response).split("</think>")[-1].strip()
+
+
 def extract_answer(response):
     """Behind </think>: the last box, else the first #### line, else behind the last "answer is", else all."""
-    text = str(response).split("</think>")[-1].strip()
+    text = behind_thoughts(response)
     box = last_box(text)
     if box is not None:
         return box
@@ -416,7 +422,7 @@ def measure(a):
     runs = find_runs(a.runs)
     require(a.against in ("dft", *(run["row"] for run in runs)), f"--against {a.against}: no such row")
     train.say(*differing_runs(runs))
-    if len({run["args"].get("prompt_template") or "{prompt}" for run in runs}) > 1 and not a.prompt_template:
+    if len({run["prompt_template"] for run in runs}) > 1 and not a.prompt_template:
         train.say("these runs are asked in different words: give all of them one --prompt-template")
     results, dtype = [], torch.bfloat16 if train.CUDA and a.data else torch.float32
     for run in runs:

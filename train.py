@@ -93,12 +93,11 @@ def train_step(run, net, batches):
     the global batch, on the CPU, the same on every rank; and grad_norm."""
     a = run.args
     token_loss = LOSSES[a.method]
-    beta = a.beta if a.method in WEIGHTED else 0.0
     with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
         outputs = [forward(net, batch, batch is batches[-1]) for batch in batches]
     c_raw = per_sample(cadft.compatibility, outputs)                            # [B]
     c_hat = cadft.batch_zscore(c_raw, a.eps)                                    # [B]
-    w = cadft.compatibility_weight(c_hat, beta)                                 # [B]
+    w = cadft.compatibility_weight(c_hat, beta_of(a))                           # [B]
     loss = per_sample(token_loss, outputs)                                      # [B]
     if a.two_pass:
         parts = w.split([len(batch["index"]) for batch in batches])             # [rows] each
@@ -115,6 +114,16 @@ def train_step(run, net, batches):
                "w": w, "loss": loss.detach(), "dft": per_sample(cadft.dft_loss, outputs).detach()}
     table = {name: cadft.gather(column).cpu() for name, column in columns.items()}
     return table | {"grad_norm": grad_norm.item()}
+
+
+def beta_of(a):
+    """The beta in force: 0 for methods that don't weight."""
+    return a.beta if a.method in WEIGHTED else 0.0
+
+
+def round_due(a, step):
+    """Does a round of rewriting follow this step of a run?"""
+    return a.method in WEIGHTED and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)
 
 
 def forward(net, batch, is_last):
@@ -154,7 +163,7 @@ def train(run, until=lambda run: False):
         record(run, "log.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
-        if a.method in WEIGHTED and cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
+        if round_due(a, run.step):
             rewrite(run)
         done = until(run)
         if done or run.step == a.steps or run.step % a.save_every == 0:
@@ -354,21 +363,27 @@ def wrap(turns, template):
     return [*turns[:i], wrapped, *turns[i + 1:]]
 
 
-def written(tokenizer, turns, tools=None, ask=True):
-    """(text, token ids) of turns as the chat template writes them, and what opens a response if `ask`;
-    without a template as bare text, with the tokenizer's own bos, if any."""
+def render(tokenizer, turns, tools=None, ask=True):
+    """The text of turns as the chat template writes them, and what opens a response if `ask`; without a
+    template the bare text."""
     if not tokenizer.chat_template:
         most = 1 if ask else 2
         require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
-        text = "".join(str(turn.get("content")) for turn in turns)
-        ids = tokenizer(text)["input_ids"]
-        return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+        return "".join(str(turn.get("content")) for turn in turns)
     try:
-        text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
+        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
                                              add_generation_prompt=ask)
     except Exception as error:                                  # templates raise what they like
         raise Mistake(f"the chat template refuses these turns ({error})") from error
-    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def written(tokenizer, turns, tools=None, ask=True):
+    """(text, token ids) of turns; bare text gets the tokenizer's own bos, if it has one."""
+    text = render(tokenizer, turns, tools, ask)
+    if tokenizer.chat_template:
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode(tokenizer, turns, tools=None):
@@ -381,8 +396,7 @@ def encode(tokenizer, turns, tools=None):
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
     check_written(turns, asked, whole)
-    more_tools = [*tools, *tools] if tools else None
-    require(not tools or written(tokenizer, turns[:-1], more_tools)[0] != asked,
+    require(not tools or render(tokenizer, turns[:-1], [*tools, *tools]) != asked,
             "the chat template leaves out the tools")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
@@ -419,9 +433,10 @@ def check_nothing_follows(tokenizer, prompt, response, ends):
     n = 0
     while n < min(len(prompt), len(response)) - 1 and prompt[~n] == response[~n]:
         n += 1
-        words = tokenizer.decode(response[-n:], skip_special_tokens=True).strip()
-        require(response[~n] not in ends or not words, "the chat template opens a turn behind the response, "
-                f"{words!r}: let it do so only if add_generation_prompt is true")
+        if response[~n] in ends:
+            words = tokenizer.decode(response[-n:], skip_special_tokens=True).strip()
+            require(not words, f"the chat template opens a turn behind the response, {words!r}: let it do so "
+                    "only if add_generation_prompt is true")
 
 
 def special_ids(tokenizer):
@@ -923,8 +938,7 @@ def report(run):
     """Say what happened; by kind, where kinds are known, of examples seen (since they were rewritten)."""
     seen = [e for e in run.examples if run.tracker.seen[e.index]]      # the others' average is 0
     mean = run.tracker.mean[[e.index for e in seen]]
-    beta = run.args.beta if run.args.method in WEIGHTED else 0.0
-    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, beta)}
+    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, beta_of(run.args))}
     for kind, row in by_kind(run, seen, columns).items():
         say(f"  {kind:15} {row['n']:5} seen, on average c_hat {row['c_hat']:5.2f}, w {row['w']:4.2f}")
     log = run.logs["log.jsonl"]
@@ -956,8 +970,7 @@ def main(argv):
     say(f"{a.method} on {a.model or 'the classroom'}, {lm.num_parameters():,} parameters, {a.dtype}: "
         f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
     rounds = [step for step in range(run.per_epoch + 1, a.steps + 1)    # before that, nothing is seen twice
-              if a.method in WEIGHTED and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)]
-    rounds = rounds if a.rewrite_fraction * a.rewrite_prob > 0 else []
+              if round_due(a, step) and a.rewrite_fraction * a.rewrite_prob > 0]
     say(f"rewriting: after step {rounds[0]:,} and every {a.rewrite_every:,} steps" if rounds else
         f"rewriting: never, with {a.method}, T_warm {a.rewrite_after} and K {a.rewrite_every}")
     train(run)
