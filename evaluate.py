@@ -369,7 +369,7 @@ def gradient_study(run, path, limit, template=None):
             squared[name].append(sum(part.square().sum().item() for part in gradient))
     c_raw = torch.tensor(c_raw, dtype=torch.float64, device=train.DEVICE)      # [N]
     c_hat = cadft.batch_zscore(c_raw, own.eps).cpu()                           # [N]
-    w = cadft.compatibility_weight(c_hat, own.beta)                            # [N]
+    w = cadft.compatibility_weight(c_hat, own.beta or 1.0)                     # [N] 0: the run had no weights
     found = {"demonstrations": len(examples)}
     for name, values in squared.items():
         g2 = torch.tensor(values).double()                                     # [N] ||g||^2

@@ -917,7 +917,7 @@ BAD_FLAGS = """
 --model nowhere :: nowhere ; --model NOEOS :: end-of-sequence ; --model HALF :: missing & lm_head
 --data= :: --model and --data go together; with neither, the classroom runs ; --prompt-template x :: {prompt}
 --model SMALL :: token 46 ; --model NAN :: not finite ; --model DEAF :: attention mask
---model BERT :: depend on later tokens ; --model LLAVA :: is for text ; --model T5 :: without encoder
+--model BERT :: depend on later tokens ; --model LLAVA :: no causal language model
 --model EXTRA :: no place in ; --model ADAPTER :: adapter_config.json ; --model AWQ :: quantized; take
 --max-length 129 :: 129 & 128 ; --method ppo :: --method & cadft
 --prompt-field x :: line 1 & field "x" ; --out MODEL :: no run but not empty ; --max-length 3 :: no usable row
@@ -937,8 +937,7 @@ def broken(made):
     half = {name: tensor for name, tensor in untied.state_dict().items() if name != "lm_head.weight"}
     extra = more.state_dict() | {"model.layers.0.mlp.up_proj.bias": torch.ones(64)}
     models = {"SMALL": tiny(vocab_size=10), "BERT": tiny("bert"), "NAN": spoiled, "LLAVA": seeing("llava"),
-              "DEAF": tiny("recurrent_gemma", lru_width=32, num_hidden_layers=3), "ADAPTER": tiny(),
-              "T5": transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=47, d_model=8))}
+              "DEAF": tiny("recurrent_gemma", lru_width=32, num_hidden_layers=3), "ADAPTER": tiny()}
     found = {name: folder(path / name, lm) for name, lm in models.items()}
     Path(found["ADAPTER"], "adapter_config.json").write_text("{}")
     more.config.quantization_config = {"quant_method": "awq", "bits": 4}

@@ -94,15 +94,17 @@ def train_step(run, net, batches):
     a = run.args
     token_loss = LOSSES[a.method]
     with torch.set_grad_enabled(not a.two_pass):               # of two passes, the first only scores
-        outputs = [forward(net, batch, batch is batches[-1]) for batch in batches]
-    c_raw = per_sample(cadft.compatibility, outputs)                            # [B]
-    c_hat = cadft.batch_zscore(c_raw, a.eps)                                    # [B]
-    w = cadft.compatibility_weight(c_hat, beta_of(a))                           # [B]
-    loss = per_sample(token_loss, outputs)                                      # [B]
+        outputs = [net(batch["input_ids"], batch["labels"]) for batch in batches]   # nll, mask [rows, T-1]
+    c_raw = torch.cat([cadft.compatibility(nll, mask) for nll, mask in outputs])    # [B]
+    c_hat = cadft.batch_zscore(c_raw, a.eps)                                        # [B]
+    w = cadft.compatibility_weight(c_hat, a.beta)                                   # [B]
+    loss = torch.cat([token_loss(nll, mask) for nll, mask in outputs])              # [B]
+    dft = torch.cat([cadft.dft_loss(nll, mask) for nll, mask in outputs])           # [B] for the log
     if a.two_pass:
-        parts = w.split([len(batch["index"]) for batch in batches])             # [rows] each
+        parts = w.split([len(batch["index"]) for batch in batches])                 # [rows] each
         for batch, part in zip(batches, parts):
-            nll, mask = forward(net, batch, batch is batches[-1])
+            net.require_backward_grad_sync = batch is batches[-1]  # DDP: reduce the gradients once
+            nll, mask = net(batch["input_ids"], batch["labels"])
             (cadft.cadft_loss(token_loss(nll, mask), part) * len(part) / len(w)).backward()
     else:
         cadft.cadft_loss(loss, w).backward()
@@ -111,30 +113,9 @@ def train_step(run, net, batches):
     run.optimizer.step()
     run.optimizer.zero_grad()
     columns = {"index": torch.cat([batch["index"] for batch in batches]), "c_raw": c_raw, "c_hat": c_hat,
-               "w": w, "loss": loss.detach(), "dft": per_sample(cadft.dft_loss, outputs).detach()}
+               "w": w, "loss": loss.detach(), "dft": dft.detach()}
     table = {name: cadft.gather(column).cpu() for name, column in columns.items()}
     return table | {"grad_norm": grad_norm.item()}
-
-
-def beta_of(a):
-    """The beta in force: 0 for methods that don't weight."""
-    return a.beta if a.method in WEIGHTED else 0.0
-
-
-def round_due(a, step):
-    """Does a round of rewriting follow this step of a run?"""
-    return a.method in WEIGHTED and cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)
-
-
-def forward(net, batch, is_last):
-    """nll, mask [rows, T-1] of a micro-batch. DDP reduces the gradients once: in the last one's backward."""
-    net.require_backward_grad_sync = is_last
-    return net(batch["input_ids"], batch["labels"])
-
-
-def per_sample(score, outputs):
-    """A score of each sample of all micro-batches, [B]."""
-    return torch.cat([score(nll, mask) for nll, mask in outputs])
 
 
 def train(run, until=lambda run: False):
@@ -163,7 +144,7 @@ def train(run, until=lambda run: False):
         record(run, "log.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
-        if round_due(a, run.step):
+        if cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
             rewrite(run)
         done = until(run)
         if done or run.step == a.steps or run.step % a.save_every == 0:
@@ -363,25 +344,19 @@ def wrap(turns, template):
     return [*turns[:i], wrapped, *turns[i + 1:]]
 
 
-def render(tokenizer, turns, tools=None, ask=True):
-    """The text of turns as the chat template writes them, and what opens a response if `ask`; without a
-    template the bare text."""
-    if not tokenizer.chat_template:
-        most = 1 if ask else 2
-        require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
-        return "".join(str(turn.get("content")) for turn in turns)
-    try:
-        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
-                                             add_generation_prompt=ask)
-    except Exception as error:                                  # templates raise what they like
-        raise Mistake(f"the chat template refuses these turns ({error})") from error
-
-
 def written(tokenizer, turns, tools=None, ask=True):
-    """(text, token ids) of turns; bare text gets the tokenizer's own bos, if it has one."""
-    text = render(tokenizer, turns, tools, ask)
+    """(text, token ids) of turns as the chat template writes them, and of what opens a response if `ask`;
+    without a template of bare text, with the tokenizer's own bos, if it has one."""
     if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
+                                                 add_generation_prompt=ask)
+        except Exception as error:                              # templates raise what they like
+            raise Mistake(f"the chat template refuses these turns ({error})") from error
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    most = 1 if ask else 2
+    require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
+    text = "".join(str(turn.get("content")) for turn in turns)
     ids = tokenizer(text)["input_ids"]
     return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -396,7 +371,7 @@ def encode(tokenizer, turns, tools=None):
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
     check_written(turns, asked, whole)
-    require(not tools or render(tokenizer, turns[:-1], [*tools, *tools]) != asked,
+    require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
             "the chat template leaves out the tools")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
@@ -503,8 +478,6 @@ def load_model(path, dtype):
         for part in config, config.get_text_config():
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
-        require(not getattr(config, "vision_config", None), f"{path}: this is for text, not pictures")
-        require(not config.is_encoder_decoder, f"{path}: this is for decoders, without encoder")
         require(not getattr(config, "quantization_config", None), f"{path}: quantized; take full weights")
         adapters = Path(path, "adapter_config.json")
         require(not adapters.exists(), f"{adapters}: take merged weights, in a folder without adapters")
@@ -709,7 +682,7 @@ BASE = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_atte
             bos_token_id=None, eos_token_id=1, pad_token_id=0,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0})     # 10000 is for longer texts
 # the base model's run: on its own corpus, from random weights, until this share of sums is right
-BASE_RUN = dict(method="sft", steps=1200, lr=2e-3, warmup_ratio=0.04, weight_decay=0.01, dtype="float32",
+BASE_RUN = dict(steps=1200, lr=2e-3, warmup_ratio=0.04, weight_decay=0.01, dtype="float32",
                 save_every=10 ** 9)
 DOCUMENTS, COMPETENT = 20_000, 0.25
 THREADS = 1                             # their number changes the last digits; runs side by side share cores
@@ -764,7 +737,7 @@ def make_base(a, folder):
     """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden folder
     that is renamed at the end. Of several that do so at once, the first one's stays."""
     hidden = folder.with_name(f".{folder.name}-{gather_objects(os.getpid())[0]}")
-    own = parse(["--seed", str(a.seed), "--out", str(hidden)])
+    own = parse(["--method", "sft", "--seed", str(a.seed), "--out", str(hidden)])
     vars(own).update(BASE_RUN)
     draw, rows = random.Random(f"base {a.seed}"), []
     for line in range(1, DOCUMENTS + 1):                        # sums, in which one total in ten is wrong
@@ -884,6 +857,9 @@ def parse(argv):
     a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
     a.out = a.out or f"out/{a.method}-seed{a.seed}"
     a.dtype = a.dtype or ("bfloat16" if CUDA and a.model else "float32")
+    if a.method not in WEIGHTED:
+        a.beta = 0.0
+        a.rewrite_every = 0
     return a
 
 
@@ -938,7 +914,7 @@ def report(run):
     """Say what happened; by kind, where kinds are known, of examples seen (since they were rewritten)."""
     seen = [e for e in run.examples if run.tracker.seen[e.index]]      # the others' average is 0
     mean = run.tracker.mean[[e.index for e in seen]]
-    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, beta_of(run.args))}
+    columns = {"c_hat": mean, "w": cadft.compatibility_weight(mean, run.args.beta)}
     for kind, row in by_kind(run, seen, columns).items():
         say(f"  {kind:15} {row['n']:5} seen, on average c_hat {row['c_hat']:5.2f}, w {row['w']:4.2f}")
     log = run.logs["log.jsonl"]
@@ -970,7 +946,8 @@ def main(argv):
     say(f"{a.method} on {a.model or 'the classroom'}, {lm.num_parameters():,} parameters, {a.dtype}: "
         f"{len(run.examples):,} examples, {a.steps:,} steps of {a.batch_size} ({run.per_epoch:,} an epoch)")
     rounds = [step for step in range(run.per_epoch + 1, a.steps + 1)    # before that, nothing is seen twice
-              if round_due(a, step) and a.rewrite_fraction * a.rewrite_prob > 0]
+              if cadft.rewriting_due(step, a.rewrite_after, a.rewrite_every)
+              and a.rewrite_fraction * a.rewrite_prob > 0]
     say(f"rewriting: after step {rounds[0]:,} and every {a.rewrite_every:,} steps" if rounds else
         f"rewriting: never, with {a.method}, T_warm {a.rewrite_after} and K {a.rewrite_every}")
     train(run)
