@@ -577,6 +577,9 @@ def test_responses_are_cut_what_is_unused_is_told_and_odd_but_legal_files_load(t
     for words in ("cut at 16 tokens with their prompt in 2 rows", "no room for the response in 3 rows",
                   "never used: input in 6 rows"):
         assert words in said
+    masked = {"messages": [turn | {"weight": 0} for turn in TURNS]}
+    load(tmp_path, [masked, {"messages": TURNS}, masked], tokenizer=characters(CHAT))
+    assert "never used: weight of turns in 2 rows\n" in capsys.readouterr().out
     line = json.dumps(PLAIN).encode()
     for content in line + b"\n\n", line + b"\r\n" + line, b"\xef\xbb\xbf" + line, b"\n" + line:
         assert {tuple(e.prompt_ids.tolist()) for e in load(tmp_path, content)} == {(4, 13, 4, 16)}

@@ -275,6 +275,9 @@ def load_examples(a, tokenizer, rows=None):
     for line, row in tqdm(rows or read_jsonl(a.data), "encoding", unit="row", delay=5, disable=RANK > 0):
         try:
             turns = dialogue(row, a, notes)
+            fields = {name for turn in turns for name in turn}
+            notes.update(f"never used: {name} of turns" for name in fields
+                         if tokenizer.chat_template and name not in str(tokenizer.chat_template))
             prompt, response = encode(tokenizer, turns, row.get("tools"))
             if len(examples) < 100 and not changed:
                 changed = check_tokens(tokenizer, turns)
