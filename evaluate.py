@@ -11,13 +11,11 @@ accuracy of k samples a problem, pass@k the share of problems with one right. ou
 not independent); differences are paired in the same unit. Dimensions: P problems, M = 5 numbers of a problem.
 """
 import argparse
-import importlib
-import json
 import logging
 import math
 import os
 import re
-import threading
+from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +25,7 @@ from tqdm import tqdm
 
 import cadft
 import train
-from train import Mistake, require
+from train import Mistake, require, within
 
 ORDER = ["base", "sft", "focal", "casft", "dft", "cadft"]      # of the table's rows; others follow
 USED = {"question", "problem", "messages", "tools", "reference", "answer", "final_answer", "solution",
@@ -35,7 +33,7 @@ USED = {"question", "problem", "messages", "tools", "reference", "answer", "fina
 NUMBERS = ["greedy", "average", "any", "cut off", "tokens"]    # M: what is known of a problem
 
 
-# ==== Runs and problems =====================================================================================
+# ==== Runs, problems, samples ===============================================================================
 
 def find_runs(paths):
     """The runs named, or all finished ones under out/: dicts of path, row, seed and args."""
@@ -54,24 +52,21 @@ def find_runs(paths):
 
 
 def differing_runs(runs):
-    """A line for each row whose runs differ in more than the seed, in their data or folder above all."""
-    lines = []
+    """Yield a line for each row whose runs differ in more than the seed, in data or folder above all."""
     for row in dict.fromkeys(run["row"] for run in runs):
         args = [run["args"] | {"folder": Path(run["path"]).parent} for run in runs if run["row"] == row]
         names = set().union(*args) - {*train.MAY_DIFFER, "seed"}
         differ = [name for name in sorted(names) if any(one.get(name) != args[0].get(name) for one in args)]
         if differ:
-            lines.append(f"row {row}: not seeds of one experiment, they differ in {', '.join(differ)}")
-    return lines
+            yield f"row {row}: not seeds of one experiment, they differ in {', '.join(differ)}"
 
 
 def classroom(run, limit):
     """{name: problems} of the 100 held-out sums of a run's classroom."""
     digits = run["args"].get("classroom_digits") or 3
-    rows = [{"question": f"{x}+{y}:", "reference": str(x + y), "grader": "sum"}
-            for x, y in train.problems(digits, 100)]
-    name = f"classroom-{digits}-digits"
-    return {name: load_problems(name, enumerate(rows[:limit], 1))}
+    sums = train.problems(digits, 100)[:limit]
+    rows = [{"question": f"{x}+{y}:", "reference": x + y, "grader": "sum"} for x, y in sums]
+    return {f"classroom-{digits}-digits": load_problems("classroom", enumerate(rows, 1))}
 
 
 def load_problems(name, rows):
@@ -80,8 +75,7 @@ def load_problems(name, rows):
     for line, row in rows:
         unused |= row.keys() - USED
         where = f"{name}, line {line}"
-        question = row.get("question", row.get("problem"))
-        turns = row.get("messages") or [{"role": "user", "content": question}]
+        turns = row.get("messages") or [{"role": "user", "content": row.get("question", row.get("problem"))}]
         try:
             asked = [i for i, turn in enumerate(turns) if turn["role"] == "user" and turn["content"].strip()]
             turns = turns[:asked[-1] + 1]
@@ -103,18 +97,22 @@ def reference_of(row, where):
     values = value if isinstance(value, list) else [value]
     texts = [str(one).split("####")[-1].strip() for one in values]             # GSM8K's end in #### 18
     known = texts and all(isinstance(one, (str, int, float)) for one in values)
-    require(known and not {text.lower() for text in texts} & {"", "nan", "null"},
-            f'{where}: no reference in "reference", "answer", "final_answer" or the last box of "solution": '
-            f'{value!r} is no answer')
+    require(known and not {text.lower() for text in texts} & {"", "nan", "null"}, f'{where}: {value!r} is no '
+            'reference; it stands in "reference", "answer", "final_answer" or the last box of "solution"')
     return ", ".join(texts)
 
 
-# ==== Sampling ==============================================================================================
-
 def sample_answers(lm, tokenizer, run, problems, a):
     """Rows of eval-NAME.jsonl, on every rank: a greedy answer and a.samples samples a problem, graded."""
-    template = a.prompt_template or run["prompt_template"]
-    prompts = [encode_question(lm, tokenizer, problem, template) for problem in problems]
+    positions, prompts = train.positions(lm), []
+    for problem in problems:
+        turns = train.wrap(problem["turns"], a.prompt_template or run["prompt_template"])
+        try:
+            _, ids = train.written(tokenizer, turns, problem["tools"])
+        except Mistake as mistake:
+            raise Mistake(f"{problem['where']}: {mistake}") from mistake
+        require(0 < len(ids) < positions, f"{problem['where']}: {len(ids)} tokens; 1 to {positions - 1} fit")
+        prompts.append(ids)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))        # lack of memory shows at once
     batches = []                                                               # of (problem, sample)
     for samples in ["greedy"], range(a.samples):
@@ -125,7 +123,7 @@ def sample_answers(lm, tokenizer, run, problems, a):
     for number in tqdm(range(rank, len(batches), world), run["row"], unit="batch", disable=rank > 0 or None):
         asked = [prompts[i] for i, _ in batches[number]]
         temperature = 0.0 if batches[number][0][1] == "greedy" else a.temperature
-        limit = min(a.max_tokens, train.positions(lm) - max(map(len, asked)))
+        limit = min(a.max_tokens, positions - max(map(len, asked)))
         seed = train.seed_for(a.seed, run["seed"], number)
         new = cadft.nucleus_sample(lm, asked, stops, stops[0], limit, a.top_p, temperature, seed)
         for (i, sample), prompt, ids in zip(batches[number], asked, new):
@@ -136,17 +134,6 @@ def sample_answers(lm, tokenizer, run, problems, a):
             rows.append(row)
     rows = [row for part in train.gather_objects(rows) for row in part]
     return sorted(rows, key=lambda row: (row["problem"], row["sample"] == "greedy", row["sample"]))
-
-
-def encode_question(lm, tokenizer, problem, template):
-    """The token ids of a problem's prompt, made as in training."""
-    try:
-        _, ids = train.written(tokenizer, train.wrap(problem["turns"], template), problem["tools"])
-    except Mistake as mistake:
-        raise Mistake(f"{problem['where']}: {mistake}") from mistake
-    room = train.positions(lm) - 1
-    require(0 < len(ids) <= room, f"{problem['where']}: {len(ids)} tokens, but the model takes 1 to {room}")
-    return ids
 
 
 # ==== Grading ===============================================================================================
@@ -161,7 +148,7 @@ def grade(row):
 
 def is_correct(response, reference):
     """Whether the answer that a response ends with equals the reference; of "18 dollars a day" 18 counts."""
-    text = re.sub(r"\\[()]", "$", behind_thoughts(response))
+    text = re.sub(r"\\[()]", "$", str(response).split("</think>")[-1].strip())
     answer = extract_answer(text)
     if answer == text and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
         return equal(text[-500:], reference)
@@ -170,14 +157,12 @@ def is_correct(response, reference):
 
 
 def equal(answer, reference):
-    """Whether answers are equal, as math-verify understands them: `answer` is text with $LaTeX$ in it.
-
-    sympy computes what they say, for five seconds at most; without limit outside of Unix or the main thread.
-    """
-    library = needed("math_verify", "math-verify")
+    """Whether answers are equal, as math-verify understands them: `answer` is text with $LaTeX$ in it. sympy
+    computes what they say, for five seconds at most; without limit outside of Unix."""
+    require(find_spec("math_verify"), "math-verify is needed for this: pip install math-verify")
+    import math_verify
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    main_thread = threading.current_thread() is threading.main_thread()
-    seconds = 5 if os.name == "posix" and main_thread else None
+    seconds = 5 if os.name == "posix" else None                # by a signal: in the main thread only
     reference = str(reference)[:500]
     spelt, wanted = (re.sub(r"[\s$]", "", text) for text in (answer, reference))
     if spelt == wanted or not spelt or not wanted:
@@ -185,9 +170,8 @@ def equal(answer, reference):
     # 4.5e33 would be 4.5 times Euler's e times 33
     answer, reference = (re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)", r" \\cdot 10^{\1}", text)
                          for text in (answer, reference))
-    gold = library.parse(f"${reference}$", parsing_timeout=seconds)
-    found = library.parse(answer, parsing_timeout=seconds)
-    if not library.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
+    gold, found = (math_verify.parse(text, parsing_timeout=seconds) for text in (f"${reference}$", answer))
+    if not math_verify.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
         return False
     try:                                                       # that rounding lets 3.2e-20 pass for 1.6e-20
         return math.isclose(float(found[0]), float(gold[0]), rel_tol=1e-4)
@@ -195,14 +179,8 @@ def equal(answer, reference):
         return True                                            # no plain numbers
 
 
-def behind_thoughts(response):
-    """What a response says behind its last </think>."""
-    return str(response).split("</think>")[-1].strip()
-
-
-def extract_answer(response):
-    """Behind </think>: the last box, else the first #### line, else behind the last "answer is", else all."""
-    text = behind_thoughts(response)
+def extract_answer(text):
+    """The last box, else the first #### line, else what stands behind the last "answer is", else all."""
     box = last_box(text)
     if box is not None:
         return box
@@ -229,14 +207,6 @@ def last_box(text):
     return content.strip()                                     # it was not closed
 
 
-def needed(module, package):
-    """Import an optional module; without it, say in one line how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise Mistake(f"{package} is needed for this: pip install {package}") from None
-
-
 def grade_file(path):
     """The result of answers sampled elsewhere; rows of one problem (or question, ...) are its samples."""
     rows = []
@@ -246,22 +216,23 @@ def grade_file(path):
         if "passed" not in row:
             row["reference"] = reference_of(row, where)
             require(isinstance(row.get("response"), str), f'{where}: "response" is missing or not a string')
+            row.setdefault("finished", row.get("finish_reason") != "length")   # as vLLM and OpenAI have it
         names = [row[field] for field in ("problem", "question", "prompt", "task_id") if field in row]
-        row["problem"] = json.dumps(names[:1] or line)
+        row["problem"] = str(names[:1] or line)
         row["correct"] = grade(row)
         rows.append(row)
     require(rows, f"{path}: there is no answer in it")
     return result({"path": path, "row": Path(path).stem, "seed": None}, Path(path).name, rows)
 
 
-# ==== Table and picture =====================================================================================
+# ==== Table, picture, gradients =============================================================================
 
 def result(run, data, rows):
     """A run with what its graded answers say: data, k samples a problem, and `each` [P, M], the numbers."""
     problems, each = {}, []
     for row in rows:
         problems.setdefault(row["problem"], []).append(row)
-    for _, answers in sorted(problems.items()):
+    for answers in problems.values():
         greedy = [row["correct"] for row in answers if row.get("sample") == "greedy"]
         samples = [row for row in answers if row.get("sample") != "greedy"]
         right = [row["correct"] for row in samples]
@@ -278,16 +249,16 @@ def estimate(each):
     if not each:
         return torch.full((2, len(NUMBERS)), math.nan)
     values = each[0] if len(each) == 1 else torch.stack([one.mean(0) for one in each])
-    variance = values.var(0, correction=0) / (len(values) - 1)                 # of the mean; of one: nan
-    return torch.stack([values.mean(0), variance.sqrt()])
+    error = (values.var(0, correction=0) / (len(values) - 1)).sqrt()           # of the mean; of one: nan
+    return torch.stack([values.mean(0), error])
 
 
 def compare(results, against):
     """The table's rows: for each set of problems and name, estimates, also of the difference to `against`."""
     rows = []
-    names = dict.fromkeys((one["data"], one["row"]) for one in results)
-    place = lambda name: ORDER.index(name) if name in ORDER else len(ORDER)
-    for data, name in sorted(names, key=lambda pair: (pair[0], place(pair[1]))):
+    order = [*ORDER, *(one["row"] for one in results)]
+    results = sorted(results, key=lambda one: (one["data"], order.index(one["row"])))
+    for data, name in dict.fromkeys((one["data"], one["row"]) for one in results):
         ours = [one for one in results if (one["data"], one["row"]) == (data, name)]
         theirs = [one for one in results if (one["data"], one["row"]) == (data, against)]
         pairs = []
@@ -325,15 +296,15 @@ def percent(numbers, i, sign=""):
 
 def draw(path, rows):
     """Two panels: w by kind in the last run with a log, each point a mean of ten steps; Average@k."""
-    picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    picture = Figure(figsize=(9, 4), layout="constrained")
     left, right = picture.subplots(1, 2)
     rows = [row for row in rows if row["data"] == rows[0]["data"]]
     names = [row["row"] for row in rows]
     heights, errors = 100 * torch.stack([row["values"][:, 1] for row in rows], dim=1)
     right.bar(names, heights.tolist(), yerr=errors.tolist())
     right.set(title=f"Average@k on {rows[0]['data']}, percent")
-    logs = [Path(run["path"], "log.jsonl") for row in rows for run in row["runs"]]
-    logs = [log for log in logs if log.exists()]
+    logs = [log for row in rows for run in row["runs"] for log in Path(run["path"]).glob("log.jsonl")]
     lines = [line for log in logs[-1:] for _, line in train.read_jsonl(log)]
     for kind in sorted(set().union(*(line["kinds"] for line in lines))):
         curve = [(line["step"], line["kinds"][kind]["w"]) for line in lines if kind in line["kinds"]]
@@ -345,15 +316,12 @@ def draw(path, rows):
     picture.savefig(path, dpi=160)
 
 
-# ==== Gradients =============================================================================================
-
 def gradient_study(run, path, limit, template=None):
     """{what: number}. The assumption: incompatible samples have large gradients. The claim: weights lower
     E||g||^2. On the N demonstrations in a file, or without one on newly drawn sums like the run's own."""
     own = train.parse(["--model", run["path"], "--data", path] if path else [])
     vars(own).update((name, value) for name, value in run["args"].items() if value is not None)
-    own.data, own.classroom_size = path, limit
-    own.prompt_template = template or own.prompt_template
+    vars(own).update(data=path, classroom_size=limit, prompt_template=template or run["prompt_template"])
     rows = train.read_jsonl(path) if path else train.classroom_rows(own, split="held back")
     lm, tokenizer = train.load_model(run["path"], torch.float32)
     train.check_gradients(lm)
@@ -362,13 +330,12 @@ def gradient_study(run, path, limit, template=None):
     for example in tqdm(examples, "gradients", disable=None):
         batch = train.collate([example])
         nll, mask = cadft.token_nll(lm.eval(), batch["input_ids"], None, batch["labels"])
-        c_raw.append(cadft.compatibility(nll, mask).item())
+        c_raw.append(cadft.compatibility(nll, mask).detach())
         for name in squared:
             loss = train.LOSSES[name](nll, mask).sum()
             gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
             squared[name].append(sum(part.square().sum().item() for part in gradient))
-    c_raw = torch.tensor(c_raw, dtype=torch.float64, device=train.DEVICE)      # [N]
-    c_hat = cadft.batch_zscore(c_raw, own.eps).cpu()                           # [N]
+    c_hat = cadft.batch_zscore(torch.cat(c_raw).double(), own.eps).cpu()       # [N]
     w = cadft.compatibility_weight(c_hat, own.beta or 1.0)                     # [N] 0: the run had no weights
     found = {"demonstrations": len(examples)}
     for name, values in squared.items():
@@ -386,7 +353,6 @@ def gradient_study(run, path, limit, template=None):
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    within = train.within
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished runs under out/)")
     add("--data", nargs="+", default=[], metavar="FILE", help="JSONL files of problems")
@@ -409,6 +375,7 @@ def parse(argv):
     require("{prompt}" in (a.prompt_template or "{prompt}"), "--prompt-template: it has no {prompt}")
     require(len({Path(path).stem for path in a.data}) == len(a.data), "--data: two files of one name")
     require(not a.plot or a.plot.endswith((".png", ".pdf", ".svg")), "--plot: a .png, .pdf or .svg file")
+    require(not a.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
     return a
 
 
@@ -417,7 +384,7 @@ def measure(a):
     if a.grade:
         return compare([grade_file(a.grade)], a.against)
     if a.data:
-        needed("math_verify", "math-verify")                   # before anything is sampled
+        equal("1", "1")                                        # a missing math-verify is told at once
     files = {Path(path).stem: load_problems(path, islice(train.read_jsonl(path), a.limit)) for path in a.data}
     runs = find_runs(a.runs)
     require(a.against in ("dft", *(run["row"] for run in runs)), f"--against {a.against}: no such row")
@@ -449,8 +416,6 @@ def main(argv):
             numbers = gradient_study(run, path, a.limit or 256, a.prompt_template)
             train.say(f"{run['path']} {path}", *(f"  {name:36} {numbers[name]:7.3g}" for name in numbers))
         return
-    if a.plot:
-        needed("matplotlib.figure", "matplotlib")
     rows = measure(a)
     train.say(*table(rows, a.against))
     if a.plot and train.RANK == 0:

@@ -995,7 +995,7 @@ RESPONSES = r"""
 it is \boxed {\frac{1}{2} -> \frac{1}{2} ; thus $\boxed 2$. -> 2 ; \boxed 2. -> 2 ; \boxed{} 7 -> ;  ->
 The answer is 12. Or the answer is: $x = 3.5$. Take 7. -> x = 3.5$ ; the answer is 2^{10} -> 2^{10}
 **Answer:** $\frac{3}{4}$ -> \frac{3}{4}$ ; **Answer**: 12 -> 12 ; The final answer is **-4**. -> -4
-\textbf{Answer:} 42 -> 42 ; <think>\boxed{4}, the answer is 5</think> 6 -> 6 ; <think>1</think> \boxed{5} -> 5
+\textbf{Answer:} 42 -> 42
 7 + 11 = 18@#### 18@@Question: 5@#### 5 -> 18 ; Hence 3/4 -> Hence 3/4 ; the answer is:@@42@@It fits. -> 42
 """
 
@@ -1012,7 +1012,7 @@ def test_extraction():
 def test_grading_is_that_of_the_table_and_blind_to_what_stands_around():
     pytest.importorskip("math_verify")
     for answer, sign, reference in cases(PAIRS, "==|!="):
-        for spelling in rf"So it is \boxed{{{answer}}}, or so.", f"<think>1</think>#### {answer}\nQ: #### 3":
+        for spelling in rf"So it is \boxed{{{answer}}}, or so.", f"####1</think>#### {answer}\nQ: #### 3":
             assert evaluate.is_correct(spelling, reference) == (sign == "=="), (spelling, reference)
         assert evaluate.is_correct(rf"\boxed{{{reference}}}", reference)
     for response in (r"Hence $\frac{3}{4}$", "It's 0.75", "so 3/4", r"**Answer:** $\frac{3}{4}$", "0.75"):
@@ -1133,8 +1133,8 @@ def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_experiment_is_told
         ("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None), ("mine", None),
         ("Qwen/Qwen2-0.5B", None)]
     told = "row {}: not seeds of one experiment, they differ in {}"
-    assert evaluate.differing_runs(runs) == [told.format("cadft", "data_sha256, lr"),
-                                             told.format("mine", "folder")]
+    assert [*evaluate.differing_runs(runs)] == [told.format("cadft", "data_sha256, lr"),
+                                                told.format("mine", "folder")]
     for name in "out/begun-seed0", "out/nothing", "no/such/folder":
         with pytest.raises(train.Mistake, match=name):
             evaluate.find_runs([name])
@@ -1214,7 +1214,7 @@ def test_answers_sampled_elsewhere_are_graded_and_grouped(tmp_path):
     pytest.importorskip("math_verify")
     lines = [{"question": "a", "answer": "1/2", "response": r"\boxed{0.5}"},
              {"question": "a", "answer": "1/2", "response": "0.5", "sample": "greedy"},
-             {"question": "b", "reference": 3, "response": "3", "finished": False},
+             {"question": "b", "reference": 3, "response": "3", "finish_reason": "length"},
              {"question": "b", "reference": 3, "response": "The answer is 3."}]
     row, = evaluate.measure(evaluate.parse(["--grade", jsonl(tmp_path / "told.jsonl", lines)]))
     assert [number(row, name)[0] for name in ("average", "any", "cut off")] == [0.75, 1, 0.25]
