@@ -923,8 +923,8 @@ BAD_FLAGS = """
 --model BERT :: depend on later tokens ; --model LLAVA :: no causal language model
 --model EXTRA :: no place in ; --model ADAPTER :: adapter_config.json ; --model AWQ :: quantized; take
 --max-length 129 :: 129 & 128 ; --method ppo :: --method & cadft
---prompt-field x :: line 1 & field "x" ; --out MODEL :: no run but not empty ; --max-length 3 :: no usable row
---out RUN :: holds a run: --resume ; --out BASE :: a name for base models ; --out DATA/below :: below
+--prompt-field x :: line 1 & field "x" ; --out MODEL :: not empty; --resume ; --max-length 3 :: no usable row
+--out RUN :: not empty; --resume ; --out BASE :: a name for base models ; --out DATA/below :: below
 --steps 3 --epochs 1 :: --steps and --epochs ; --classroom-size 10 :: classroom
 --beta -1 :: --beta & between 0 ; --rewrite-prob 50 :: between 0 and 1 ; --lr nan :: --lr ; --clip 0 :: --clip
 """

@@ -17,10 +17,9 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -41,9 +40,9 @@ MAY_DIFFER = {"out", "data", "resume", "save_every", "micro_batch_tokens", "two_
               "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
 TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-RANK, WORLD, LOCAL_RANK = 0, 1, 0
-if TORCHRUN:
-    RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
 
@@ -141,7 +140,8 @@ def train(run, until=lambda run: False):
         run.tracker.update(table["index"], table["c_hat"])
         run.seconds = time.perf_counter() - began
         row = log_row(run, table, time.perf_counter() - step_began)
-        record(run, "log.jsonl", [row])
+        run.logs["log.jsonl"].append(row)
+        write_rows(Path(a.out, "log.jsonl"), [row], "a")
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
         if cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
@@ -238,15 +238,14 @@ def rewrite(run, chunk=64):
     for first in range(RANK * chunk, len(drawn), WORLD * chunk):
         indices = drawn[first:first + chunk]
         prompts = [run.examples[i].prompt_ids.tolist() for i in indices]
-        room = max(1, min(a.rewrite_max_tokens, a.max_length - len(prompts[-1])))      # the longest prompt's
+        room = min(a.rewrite_max_tokens, a.max_length - len(prompts[-1]))   # the last one is the longest
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
             samples = cadft.nucleus_sample(
                 run.lm, prompts, stops, stops[0], room, top_p=a.rewrite_top_p,
                 temperature=a.rewrite_temperature, seed=seed_for(a.seed, run.step, "chunk", first // chunk))
         mine.update(zip(indices, samples))
-    new, rows = {}, []                                          # index -> ids sampled by any rank
-    for part in gather_objects(mine):
-        new.update(part)
+    new = ChainMap(*gather_objects(mine))                       # index -> ids sampled by any rank
+    rows = []
     for i in picked:
         e, ids = run.examples[i], new.get(i)
         prompt = e.prompt_ids.tolist()
@@ -263,7 +262,8 @@ def rewrite(run, chunk=64):
             rows[-1]["new"] = response_text(run.tokenizer, prompt, ids)
             run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
             run.tracker.forget(i)
-    record(run, "rewrites.jsonl", rows)
+    run.logs["rewrites.jsonl"] += rows
+    write_rows(Path(a.out, "rewrites.jsonl"), rows, "a")
 
 
 # ==== 3. Data ===============================================================================================
@@ -287,13 +287,12 @@ def load_examples(a, tokenizer, rows=None):
         kept = response[:max(0, a.max_length - len(prompt))]
         if not kept:
             notes[f"a prompt of {a.max_length} tokens or more leaves no room for the response"] += 1
-        elif len(kept) < len(response):
+            continue
+        if len(kept) < len(response):
             notes[f"responses cut at {a.max_length} tokens with their prompt"] += 1
-        if kept:
-            kind = None if row.get("kind") is None else str(row["kind"])
-            prompt = torch.tensor(prompt, dtype=torch.int32)
-            kept = torch.tensor(kept, dtype=torch.int32)
-            examples.append(Example(len(examples), line, prompt, kept, kind))
+        kind = None if row.get("kind") is None else str(row["kind"])
+        prompt_ids, response_ids = (torch.tensor(ids, dtype=torch.int32) for ids in (prompt, kept))
+        examples.append(Example(len(examples), line, prompt_ids, response_ids, kind))
     say(*[f"{note} in {n:,} rows" for note, n in notes.items()])
     require(examples, f"{source}: no usable row")
     return examples, ends
@@ -301,17 +300,17 @@ def load_examples(a, tokenizer, rows=None):
 
 def read_jsonl(path):
     """Yield (line number, object) for each line that is not blank."""
-    with open(path, "rb") as file:                              # bytes: only \n ends a line
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text or "{}")
-                json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()    # fails for what is no UTF-8
             except (ValueError, RecursionError) as error:
                 raise Mistake(f"{path}, line {number}: not valid JSON in UTF-8, one object a line ({error})")
             require(isinstance(row, dict), f"{path}, line {number}: no object, not {type(row).__name__}")
-            if text:
-                yield number, row
+            yield number, row
 
 
 def dialogue(row, a, notes):
@@ -340,16 +339,16 @@ def dialogue(row, a, notes):
 
 def wrap(turns, template):
     """The turns with the text of the last user turn put into a --prompt-template."""
-    i = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if i is None or not isinstance(turns[i].get("content"), str):
+    users = [turn for turn in turns if turn["role"] == "user"]
+    if not users or not isinstance(users[-1].get("content"), str):
         return turns
-    wrapped = turns[i] | {"content": template.replace("{prompt}", turns[i]["content"])}
-    return [*turns[:i], wrapped, *turns[i + 1:]]
+    wrapped = users[-1] | {"content": template.replace("{prompt}", users[-1]["content"])}
+    return [wrapped if turn is users[-1] else turn for turn in turns]
 
 
 def written(tokenizer, turns, tools=None, ask=True):
-    """(text, token ids) of turns as the chat template writes them, and of what opens a response if `ask`;
-    without a template of bare text, with the tokenizer's own bos, if it has one."""
+    """(text, token ids) of turns as the chat template writes them, with a generation prompt if `ask`; without
+    a template of bare text, with the tokenizer's own bos, if it has one."""
     if tokenizer.chat_template:
         try:
             text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
@@ -357,17 +356,15 @@ def written(tokenizer, turns, tools=None, ask=True):
         except Exception as error:                              # templates raise what they like
             raise Mistake(f"the chat template refuses these turns ({error})") from error
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-    most = 1 if ask else 2
-    require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
+    require(len(turns) <= (1 if ask else 2), f"{len(turns)} turns, but the tokenizer has no chat template")
     text = "".join(str(turn.get("content")) for turn in turns)
     ids = tokenizer(text)["input_ids"]
     return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode(tokenizer, turns, tools=None):
-    """(prompt ids, response ids) of a dialogue, whose last turn is the response: what the template writes.
-    The response ends with the token that the template closes it with, or where it has none, end-of-sequence.
-    """
+    """(prompt ids, response ids) of a dialogue, whose last turn is the response, as the template writes it,
+    with the token that closes it; where there is none, with end-of-sequence."""
     asked, prompt = written(tokenizer, turns[:-1], tools)
     whole, ids = written(tokenizer, turns, tools, ask=False)
     same = len(os.path.commonprefix([asked, whole]))
@@ -379,13 +376,12 @@ def encode(tokenizer, turns, tools=None):
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
         response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
-    ends = special_ids(tokenizer)
-    if tokenizer.chat_template:
-        check_nothing_follows(tokenizer, prompt, response, ends)
+    ends = special_ids(tokenizer) if tokenizer.chat_template else set()        # nothing closes bare text
+    check_nothing_follows(tokenizer, prompt, response, ends)
     closed = list(response)
     while closed and closed[-1] not in ends and not tokenizer.decode(closed[-1]).strip():
         closed.pop()                                            # white space behind the token that closes it
-    if not tokenizer.chat_template or not closed or closed[-1] not in ends:
+    if not closed or closed[-1] not in ends:
         closed = [*response, tokenizer.eos_token_id]
     require(prompt and len(closed) > 1, "no token in the prompt or the response: is it the model's own?")
     return prompt, closed
@@ -408,13 +404,13 @@ def check_written(turns, asked, whole):
 
 def check_nothing_follows(tokenizer, prompt, response, ends):
     """Mistake where the response's last tokens, behind one that ends turns, are what the prompt ends with."""
-    n = 0
-    while n < min(len(prompt), len(response)) - 1 and prompt[~n] == response[~n]:
-        n += 1
-        if response[~n] in ends:
-            words = tokenizer.decode(response[-n:], skip_special_tokens=True).strip()
-            require(not words, f"the chat template opens a turn behind the response, {words!r}: let it do so "
-                    "only if add_generation_prompt is true")
+    alike = len(os.path.commonprefix([prompt[::-1], response[::-1]]))
+    tail = response[-alike - 1:]                                # and the token before
+    while tail and tail[0] not in ends:
+        tail = tail[1:]
+    words = tokenizer.decode(tail[1:], skip_special_tokens=True).strip()
+    require(not words, f"the chat template opens a turn behind the response, {words!r}: let it do so only if "
+            "add_generation_prompt is true")
 
 
 def special_ids(tokenizer):
@@ -443,7 +439,7 @@ def said(turn, reasoning=True):
 
 def check_tokens(tokenizer, turns):
     """Say where tokens are not the text, and return whether. Mistake where all space or letters go."""
-    for text in (text for turn in turns for text in said(turn)):
+    for text in [text for turn in turns for text in said(turn)]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         change = f"{text[:60]!r} becomes {back[:60]!r} as tokens; is it the model's own tokenizer?"
@@ -466,8 +462,8 @@ def response_text(tokenizer, prompt_ids, response_ids):
 # ==== 4. Model and processes ================================================================================
 
 def load_model(path, dtype):
-    """(model in training mode without dropout, tokenizer) of a folder or a hub name. The model's
-    generation_config.eos_token_id becomes a list of all tokens that stop sampling."""
+    """(model in training mode, tokenizer) of a folder or a hub name. What stops sampling is listed in the
+    model's generation_config.eos_token_id."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         file = transformers.utils.cached_file(path, "tokenizer.json",
@@ -478,16 +474,14 @@ def load_model(path, dtype):
             for part in "normalizer", "pre_tokenizer", "model", "decoder":
                 setattr(rust, part, getattr(saved, part))
         config = transformers.AutoConfig.from_pretrained(path)
-        for part in config, config.get_text_config():
+        for part in config, config.get_text_config():           # no dropout
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
-        require(not getattr(config, "quantization_config", None), f"{path}: quantized; take full weights")
-        adapters = Path(path, "adapter_config.json")
-        require(not adapters.exists(), f"{adapters}: take merged weights, in a folder without adapters")
+        require(not getattr(config, "quantization_config", None), "it is quantized; take full weights")
+        merged = not Path(path, "adapter_config.json").exists()
+        require(merged, "take merged weights, in a folder without adapter_config.json")
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
-    except (Mistake, torch.OutOfMemoryError):
-        raise
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
@@ -497,15 +491,19 @@ def load_model(path, dtype):
     require(tokenizer.eos_token_id is not None, f"{path}: its tokenizer has no end-of-sequence token")
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
         tensor.data = tensor.data.clone()                       # torch's memory: some processors round so too
-    check_model(lm.to(DEVICE).train(), path)
+    saved = lm.generation_config
+    lm.generation_config = transformers.GenerationConfig(eos_token_id=stop_ids(lm, tokenizer))
+    check_model(lm.to(DEVICE), path)
+    saved.eos_token_id = lm.generation_config.eos_token_id
     try:
-        lm.generation_config.validate(strict=True)
+        saved.validate(strict=True)
+        lm.generation_config = saved
     except ValueError:                                          # it could not be saved at the end
-        lm.generation_config = transformers.GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
-    lm.generation_config.eos_token_id = stop_ids(lm, tokenizer)
-    return lm, tokenizer
+        pass
+    return lm.train(), tokenizer
 
 
+@torch.no_grad()
 def check_model(lm, path):
     """Mistake where a weight is not finite, or answers depend on later tokens or on padding."""
     bad = [name for name, p in lm.named_parameters() if not p.isfinite().all()]
@@ -513,28 +511,20 @@ def check_model(lm, path):
     ids = torch.arange(1, 9, device=DEVICE)[None] % len(lm.get_input_embeddings().weight)      # [1, 8]
     pad = torch.nn.functional.pad
     other = pad(ids[:, :-1], (0, 1))                            # ends otherwise
-    only = transformers.GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0,
-                                         output_logits=True, return_dict_in_generate=True)
-    its_own, lm.generation_config = lm.generation_config, only
-    lm.eval()
-    with torch.no_grad():
-        before, after = (lm(input_ids=x).logits[:, :-1] for x in (ids, other))                 # [1, 7, V]
-        alone, padded = (lm.generate(pad(ids, (n, 0), value=3), generation_config=only,
-                                     attention_mask=pad(torch.ones_like(ids), (n, 0))).logits[0]
-                         for n in (0, 2))                                                      # [1, V]
-    lm.train()
-    lm.generation_config = its_own
-    near = max(torch.finfo(before.dtype).eps, 1e-7) ** 0.5 * before.abs().max()     # parts may be float32
-    require((before - after).abs().max() <= near, f"{path}: not causal: its logits depend on later tokens")
-    require((alone - padded).abs().max() <= near, f"{path}: it ignores its attention mask: padding counts")
+    own, others = lm(input_ids=ids).logits, lm(input_ids=other).logits                         # [1, 8, V]
+    padded = lm.generate(pad(ids, (2, 0), value=3), attention_mask=pad(torch.ones_like(ids), (2, 0)),
+                         max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0]
+    near = max(torch.finfo(own.dtype).eps, 1e-7) ** 0.5 * own.abs().max()           # parts may be float32
+    later, padding = (own - others)[:, :-1], own[:, -1] - padded
+    require(later.abs().max() <= near, f"{path}: not causal: its logits depend on later tokens")
+    require(padding.abs().max() <= near, f"{path}: it ignores its attention mask: padding counts")
 
 
 def check_gradients(lm):
     """Mistake where a weight gets no gradient: it is frozen, or not used."""
     ids = torch.zeros(1, 8, dtype=torch.long, device=DEVICE)
     loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
-    if loss.requires_grad:
-        loss.backward()
+    loss.backward()
     bad = [name for name, p in lm.named_parameters() if p.grad is None]
     lm.zero_grad()
     require(not bad, f"weights that nothing would train: {bad[:3]}")
@@ -651,12 +641,6 @@ def finish(run):
         (out / "checkpoint.pt").unlink()
 
 
-def record(run, name, rows):
-    """Add rows to one of the run's logs."""
-    run.logs[name] += rows
-    write_rows(Path(run.args.out, name), rows, "a")
-
-
 def write_rows(path, rows, mode):
     """Rank 0: rows as a JSONL file, or at the end of one; its folder is made, too."""
     if RANK == 0:
@@ -666,11 +650,9 @@ def write_rows(path, rows, mode):
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is none."""
-    try:
-        return dict(json.loads(Path(path).read_text("utf-8"))) if Path(path).exists() else {}
-    except (ValueError, TypeError) as error:
-        raise Mistake(f"{path}: damaged; restore or remove it ({error})") from error
+    """The first object in a JSONL file; {} where there is none."""
+    rows = [row for _, row in read_jsonl(path)] if Path(path).exists() else []
+    return rows[0] if rows else {}
 
 
 # ==== 6. The classroom: skip it on a first reading ==========================================================
@@ -737,8 +719,7 @@ def classroom_rows(a, split="train"):
 
 
 def make_base(a, folder):
-    """Train the classroom's base model until it is half-competent: a run of the same loop, in a hidden folder
-    that is renamed at the end. Of several that do so at once, the first one's stays."""
+    """Train the classroom's base model by the same loop, in a hidden folder that is renamed at the end."""
     hidden = folder.with_name(f".{folder.name}-{gather_objects(os.getpid())[0]}")
     own = parse(["--method", "sft", "--seed", str(a.seed), "--out", str(hidden)])
     vars(own).update(BASE_RUN)
@@ -757,9 +738,7 @@ def make_base(a, folder):
     start(run)
     train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and competence(run) >= COMPETENT)
     finish(run)
-    if RANK == 0 and finished(folder):
-        shutil.rmtree(hidden)
-    elif RANK == 0:
+    if RANK == 0 and not finished(folder):                      # of several at once, the first one's stays
         os.replace(hidden, folder)
     right = competence(run)                                     # the others wait here
     say(f"{folder}: right on {right:.0%} of sums, sampled, after {run.step} steps")
@@ -804,10 +783,6 @@ PARSER = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelp
                 epilog=f"Without --model: {CLASSROOM}")
 add = PARSER.add
 switch = argparse.BooleanOptionalAction
-fraction = within(float, 0, 1)
-positive = within(float, 1e-30)
-count = within(int, 1)
-whole = within(int, 0)
 add("--model", "a Hugging Face folder or hub name; with --data", "")
 add("--data", "a JSONL file; with --model", "")
 add("--out", "output folder (out/<method>-seed<seed>)")
@@ -820,37 +795,37 @@ add("--dtype", "else bfloat16 on CUDA with --model", choices=["float32", "bfloat
 add("--gradient-checkpointing", "recompute activations in backward", True, action=switch)
 add("--two-pass", "score, then train: memory of one micro-batch", False, action=switch)
 add("--beta", "w = exp(-beta max(0, c_hat)); 0: all are 1", 1.0, type=within(float, 0, 1e9))
-add("--eps", "added to the standard deviation of the z-score", 1e-6, type=positive)
+add("--eps", "added to the standard deviation of the z-score", 1e-6, type=within(float, 1e-30))
 add("--ema-decay", "of the moving average of c_hat", 0.5, type=within(float, 0, 0.9999))
-add("--rewrite-after", "T_warm: no rewriting before this step", 3000, type=whole)
-add("--rewrite-every", "K: steps between rounds; 0: no rewriting", 1000, type=whole)
-add("--rewrite-fraction", "share of the data set that a round may pick", 0.005, type=fraction)
-add("--rewrite-prob", "probability that a picked example is rewritten", 0.5, type=fraction)
+add("--rewrite-after", "T_warm: no rewriting before this step", 3000, type=within(int, 0))
+add("--rewrite-every", "K: steps between rounds; 0: no rewriting", 1000, type=within(int, 0))
+add("--rewrite-fraction", "share of the data set that a round may pick", 0.005, type=within(float, 0, 1))
+add("--rewrite-prob", "probability that a picked example is rewritten", 0.5, type=within(float, 0, 1))
 add("--rewrite-top-p", "nucleus of a rewrite", 0.9, type=within(float, 1e-3, 1))
 add("--rewrite-temperature", "temperature of a rewrite", 0.7, type=within(float, 1e-3))
-add("--rewrite-max-tokens", "length limit of a rewrite (paper silent)", 2048, type=count)
-add("--steps", "optimizer steps; 0: as many as --epochs makes", 0, type=whole)
-add("--epochs", "instead of --steps: passes over the data (1)", type=count)
-add("--batch-size", "|B|: the effective global batch, of all ranks", 256, type=count)
-add("--micro-batch-tokens", "padded tokens of one forward", 16384, type=count)
+add("--rewrite-max-tokens", "length limit of a rewrite (paper silent)", 2048, type=within(int, 1))
+add("--steps", "optimizer steps; 0: as many as --epochs makes", 0, type=within(int, 0))
+add("--epochs", "instead of --steps: passes over the data (1)", type=within(int, 1))
+add("--batch-size", "|B|: the effective global batch, of all ranks", 256, type=within(int, 1))
+add("--micro-batch-tokens", "padded tokens of one forward", 16384, type=within(int, 1))
 add("--max-length", "of prompt and response; longer ones are cut", 2048, type=within(int, 2))
-add("--lr", "peak learning rate", 5e-5, type=positive)
-add("--warmup-ratio", "share of the steps that warm up; then a cosine to 0", 0.1, type=fraction)
+add("--lr", "peak learning rate", 5e-5, type=within(float, 1e-30))
+add("--warmup-ratio", "share of the steps that warm up; then a cosine to 0", 0.1, type=within(float, 0, 1))
 add("--weight-decay", "of AdamW", 0.01, type=within(float, 0))
-add("--clip", "largest gradient norm", 1.0, type=positive)
-add("--seed", "decides order, rewrites, and all of the classroom", 0, type=whole)
-add("--save-every", "steps between checkpoints", 50, type=count)
-add("--classroom-size", "demonstrations in the classroom", type=count)
+add("--clip", "largest gradient norm", 1.0, type=within(float, 1e-30))
+add("--seed", "decides order, rewrites, and all of the classroom", 0, type=within(int, 0))
+add("--save-every", "steps between checkpoints", 50, type=within(int, 1))
+add("--classroom-size", "demonstrations in the classroom", type=within(int, 1))
 add("--classroom-digits", "digits of the numbers; the base knows 1 to 3", type=within(int, 2, 6))
-add("--incompatible", "share of incompatible demonstrations in the classroom", type=fraction)
+add("--incompatible", "share of incompatible demonstrations in the classroom", type=within(float, 0, 1))
 add("--kinds", "of incompatible demonstrations", nargs="+", choices=KINDS)
 
 
 def parse(argv):
     """The arguments, with the paper's values (your own model) or the classroom's in place of unset ones."""
     a = PARSER.parse_args(argv)
-    classroom = [a.classroom_size, a.classroom_digits, a.incompatible, a.kinds]
     require(bool(a.model) == bool(a.data), "--model and --data go together; with neither, the classroom runs")
+    classroom = [a.classroom_size, a.classroom_digits, a.incompatible, a.kinds]
     require(not a.model or classroom == [None] * 4, "--classroom-*, --incompatible, --kinds: no --model")
     require(not a.epochs or not a.steps, "--steps and --epochs exclude each other")
     require("{prompt}" in a.prompt_template, "--prompt-template: the prompt is lost without its {prompt}")
@@ -931,9 +906,8 @@ def main(argv):
     a = parse(argv)
     join()
     out, base, rows = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}", None
-    ours = (out / "args.json").exists()
-    require(a.resume or not ours, f"--out {out} holds a run: --resume goes on with it; or name another one")
-    require(ours or not out.exists() or not any(out.iterdir()), f"--out {out} is no run but not empty")
+    goes_on = a.resume and (out / "args.json").exists()
+    require(goes_on or not any(out.glob("*")), f"--out {out} is not empty; --resume goes on with a run in it")
     require(not out.name.startswith("base-seed"), f"--out {out}: this is a name for base models")
     if not a.model:
         torch.set_num_threads(THREADS)
