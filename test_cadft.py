@@ -1,6 +1,7 @@
 """The laws the code obeys: the method, in the order of cadft.py; the loop; bad input; evaluation."""
 import collections
 import concurrent.futures
+import inspect
 import itertools
 import json
 import math
@@ -20,7 +21,6 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cadft
 import evaluate
@@ -53,7 +53,8 @@ def tiny(architecture="llama", **more):
                 hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     size |= {} if architecture == "gpt2" else dict(head_dim=16, num_key_value_heads=1)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(architecture, **size | more))
+    config = transformers.AutoConfig.for_model(architecture, **size | more)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def folder(path, lm=None, tokenizer=None, **more):
@@ -75,15 +76,14 @@ def jsonl(path, lines):
     return str(path)
 
 
-def some_batch(lengths=((3, 4), (1, 9), (8, 1)), pad=0, width=None, left=False, seed=0):
+def some_batch(lengths=((3, 4), (1, 9), (8, 1)), pad=0, side="right", seed=0):
     """input_ids, attention_mask, labels of random rows with these prompt and response lengths."""
-    draw, batch, width = random.Random(seed), [], width or max(map(sum, lengths))
+    draw, rows = random.Random(seed), []
     for prompt, response in lengths:
         ids = [draw.randrange(3, 40) for _ in range(prompt + response)]
-        row, free = torch.tensor([ids, [1] * len(ids), [-100] * prompt + ids[prompt:]]), width - len(ids)
-        fill = torch.tensor([[pad], [0], [-100]]).expand(3, free)
-        batch.append(torch.cat([fill, row] if left else [row, fill], 1))
-    return list(torch.stack(batch, 1))
+        rows.append(torch.tensor([ids, [1] * len(ids), [-100] * prompt + ids[prompt:]]))
+    return [torch.nn.utils.rnn.pad_sequence(part, True, fill, padding_side=side)
+            for part, fill in zip(zip(*rows), (pad, 0, -100))]
 
 
 def naive_nll(lm, ids, labels, **more):
@@ -96,7 +96,7 @@ def naive_nll(lm, ids, labels, **more):
 # ==== The method ===========================================================================================
 
 @ARCHITECTURES
-def test_nll_and_dft_equal_softmax_and_gather_and_the_models_own_loss_gradients_too(architecture):
+def test_nll_and_dft_equal_softmax_and_gather_gradients_too(architecture):
     lm, (ids, seen, labels) = tiny(architecture).double().eval(), some_batch()
     own = naive_nll(lm, ids, labels, attention_mask=seen)
     plain = torch.stack([(n.neg().exp().detach() * n).mean() for n in own])     # [B] DFT, naively
@@ -106,15 +106,10 @@ def test_nll_and_dft_equal_softmax_and_gather_and_the_models_own_loss_gradients_
         assert torch.equal(mask, labels[:, 1:] != -100) and (nll[~mask] == 0).all()
         loss = cadft.dft_loss(nll, mask)
         assert_close((nll[mask], loss), (torch.cat(own), plain))
-        for keep in True, False:                               # the gradient study uses a graph twice
-            assert_close(torch.autograd.grad(loss.sum(), list(lm.parameters()), retain_graph=keep), expected)
-    for sft, *row in zip(cadft.sft_loss(nll, mask), ids, seen, labels):
-        row = dict(zip(("input_ids", "attention_mask", "labels"), (part[None] for part in row)))
-        assert_close(sft.float(), lm(**row).loss.float())
-    wide = dict(width=30, pad=2)                               # pad = eos, as many tokenizers have it
-    others = [some_batch(**wide), (ids, None, labels)]
+        assert_close(torch.autograd.grad(loss.sum(), list(lm.parameters())), expected)
+    others = [some_batch(pad=2), (ids, None, labels)]          # pad = eos, as many tokenizers have it
     if architecture not in ("gpt2", "gemma2"):                 # positions are absolute; left padding is nan
-        others.append(some_batch(**wide, left=True))
+        others.append(some_batch(pad=2, side="left"))
     for there, where in (cadft.token_nll(lm, *other) for other in others):
         assert_close(there[where], nll[mask])
     assert cadft.token_nll(lm.bfloat16(), ids, seen, labels)[0].dtype == torch.float32
@@ -258,6 +253,20 @@ def test_rewriting_is_due_every_K_steps_and_picks_the_highest_persistent_moving_
     assert ema.pick(0.005) == [89] and ema.pick(0) == []       # half an example: at least one
 
 
+def test_defaults_are_the_papers_constants_in_flags_and_functions():
+    a = train.PARSER.parse_args([])
+    for flag, value, function, name in (
+            ("beta", 1.0, cadft.compatibility_weight, "beta"), ("eps", 1e-6, cadft.batch_zscore, "eps"),
+            ("rewrite_after", 3000, cadft.rewriting_due, "T_warm"), ("lr", 5e-5, None, None),
+            ("rewrite_every", 1000, cadft.rewriting_due, "K"), ("batch_size", 256, None, None),
+            ("rewrite_fraction", 0.005, cadft.CompatibilityEMA.pick, "fraction"),
+            ("rewrite_prob", 0.5, None, None), ("rewrite_top_p", 0.9, cadft.nucleus_sample, "top_p"),
+            ("rewrite_temperature", 0.7, cadft.nucleus_sample, "temperature"),
+            ("ema_decay", 0.5, cadft.CompatibilityEMA, "decay")):      # ours
+        assert getattr(a, flag) == value
+        assert function is None or inspect.signature(function).parameters[name].default == value
+
+
 def test_sampling_obeys_top_p_and_temperature_alone_is_seeded_and_leaves_all_as_it_was():
     lm = tiny(vocab_size=60, initializer_range=0.6).train()
     prompt, n, stops = [1, 7, 12, 30, 7], 6000, [2, 9, 17]
@@ -285,52 +294,46 @@ def test_sampling_obeys_top_p_and_temperature_alone_is_seeded_and_leaves_all_as_
     assert torch.equal(state, torch.get_rng_state()) and lm.training and lm.generation_config is settings
 
 
-def seeing(kind):
-    """A random qwen2_vl or llava in float64 for images of 8 x 8 pixels."""
+def seeing():
+    """A random Qwen2-VL in float64 for images of 8 x 8 pixels."""
     size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    text = size | dict(vocab_size=48, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=1)
-    if kind == "llava":
-        text, tower = text | dict(model_type="llama"), size | dict(image_size=8, patch_size=4)
-    else:
-        text |= dict(rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[2, 3, 3]))
-        tower = dict(depth=2, num_heads=2, embed_dim=32, hidden_size=32, patch_size=2)
+    rope = dict(rope_type="default", rope_theta=100.0, mrope_section=[2, 3, 3])
+    text = dict(vocab_size=48, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    tower = dict(depth=2, num_heads=2, embed_dim=32, hidden_size=32, patch_size=2)
     lm = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(
-        kind, text_config=text, vision_config=tower, image_token_id=IMAGE)).double().eval()
+        "qwen2_vl", text_config=size | text | dict(rope_parameters=rope), vision_config=tower,
+        image_token_id=IMAGE)).double().eval()
     torch.manual_seed(0)
     for p in lm.parameters():
         torch.nn.init.normal_(p, std=0.5)                      # with the usual 0.02 no image would matter
     return lm
 
 
-def images(lm, ids, first=0):
+def images(ids, first=0):
     """What else the model needs for the rows ids [B, T] when row i shows image first + i."""
-    llava, draw = lm.config.model_type == "llava", torch.Generator().manual_seed(0)
-    shape = (3, 8, 8) if llava else (16, 24)                   # or 16 patches of 2x2x2 x 3
-    pixels = torch.randn(3, *shape, generator=draw, dtype=torch.float64)[first:first + len(ids)]
-    grid = dict(image_grid_thw=torch.tensor([[1, 4, 4]] * len(ids)), mm_token_type_ids=(ids == IMAGE).long())
-    return dict(pixel_values=pixels) if llava else dict(pixel_values=pixels.flatten(0, 1)) | grid
+    draw = torch.Generator().manual_seed(0)                    # an image is 16 patches of 2x2x2 x 3
+    pixels = torch.randn(3, 16, 24, generator=draw, dtype=torch.float64)[first:first + len(ids)]
+    return dict(pixel_values=pixels.flatten(0, 1), image_grid_thw=torch.tensor([[1, 4, 4]] * len(ids)),
+                mm_token_type_ids=(ids == IMAGE).long())
 
 
-@pytest.mark.parametrize("kind", ("qwen2_vl", "llava"))
-def test_vision_language_models_nll_is_that_of_their_own_logits_and_rewriting_looks_at_the_images(kind):
-    lm, (ids, seen, labels) = seeing(kind), some_batch([(6, 4), (9, 2), (7, 7)])
+def test_vision_language_models_nll_is_that_of_their_own_logits_and_rewriting_looks_at_the_images():
+    lm, (ids, seen, labels) = seeing(), some_batch([(6, 4), (9, 2), (7, 7)])
     ids[:, 1:5] = IMAGE
-    nll, mask = cadft.token_nll(lm, ids, seen, labels, 3, **images(lm, ids))
-    own = torch.cat([
-        naive_nll(lm, row := ids[i:i + 1, :length], labels[i:i + 1, :length], **images(lm, row, i))[0]
-        for i, length in enumerate(seen.sum(1))])
+    nll, mask = cadft.token_nll(lm, ids, seen, labels, 3, **images(ids))
+    own = torch.cat(naive_nll(lm, ids, labels, attention_mask=seen, **images(ids)))
     ours, expected = (torch.autograd.grad(x.sum(), list(lm.parameters()), materialize_grads=True)
                       for x in (nll, own))
     assert_close((nll[mask], *ours), (own, *expected), rtol=1e-12, atol=1e-12)
     assert all(g.any() for (name, _), g in zip(lm.named_parameters(), ours) if "patch_embed" in name)
     prompts = [[7, *[IMAGE] * 4, *tail] for tail in ([9], [30, 12, 5], [8, 21])]
     left = torch.tensor([[1] * (8 - len(p)) + p for p in prompts])     # pad = eos
-    together = cadft.nucleus_sample(lm, prompts, [1], 1, 8, temperature=0, suppress_tokens=[IMAGE],
-                                     **images(lm, left))
+    more = dict(suppress_tokens=[IMAGE], **images(left))
+    together = cadft.nucleus_sample(lm, prompts, [1], 1, 8, temperature=0, **more)
     for i, (prompt, got) in enumerate(zip(prompts, together)):
         for n, token in enumerate(got):
             row = torch.tensor([prompt + got[:n]])
-            z = lm(input_ids=row, **images(lm, row, i)).logits[0, -1]
+            z = lm(input_ids=row, **images(row, i)).logits[0, -1]
             assert token == z.index_fill(0, torch.tensor(IMAGE), -torch.inf).argmax()
 
 
@@ -380,11 +383,11 @@ def again(made, out, *flags, code=0):
 
 
 def interrupted(made, out, step, *flags):
-    """The same, but it ends in the middle of the step-th step from here."""
-    def killed(*args, inner=train.train_step, steps=itertools.count(1)):
-        if next(steps) == step:
+    """The same, but it ends in the middle of a step."""
+    def killed(run, *args, inner=train.train_step):
+        if run.step == step:
             raise KeyboardInterrupt
-        return inner(*args)
+        return inner(run, *args)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_step", killed)
         again(made, out, *flags)
@@ -415,14 +418,19 @@ def test_every_rank_takes_its_part_of_one_seeded_permutation():
 
 @ARCHITECTURES
 def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture, tmp_path):
-    """From weights in bfloat16, which become float32; two chat templates are saved as a folder."""
+    """From weights in bfloat16, which become float32, in a folder as they are found: with two chat templates,
+    masks that are no weights, and settings that couldn't be saved."""
     chat = {"default": CHAT, "tool_use": CHAT} if architecture in ("llama", "gpt2") else None
     start, out = tiny(architecture).bfloat16(), tmp_path / "out"
-    flags = ["--model", folder(tmp_path / "model", start, characters(chat)), "--lr", 1e-2, "--steps", 24,
-             "--data", jsonl(tmp_path / "data.jsonl", rows())]
+    masks = {f"h.0.attn.{name}bias": torch.ones(1) for name in ("masked_", "attention.")}
+    model = folder(tmp_path / "model", start, characters(chat), state_dict=start.state_dict() | masks)
+    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None], "stop_strings": ["a"]}
+    Path(model, "generation_config.json").write_text(json.dumps(settings))
+    flags = ["--model", model, "--data", jsonl(tmp_path / "data.jsonl", rows()), "--lr", 1e-2, "--steps", 24]
     again({"flags": flags}, out, "--dtype", "bfloat16" if chat else "float32")
     assert len(log(out)) == 24 and log(out)[-1]["nll"] < log(out)[0]["nll"]
-    lm, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     weight, before = (x.get_input_embeddings().weight for x in (lm, start))
     assert lm.dtype == torch.float32 and (weight.bfloat16() != before).any()
     assert tokenizer.chat_template == chat and tokenizer("1+1:")["input_ids"] == [3 + 1, 13, 3 + 1, 16]
@@ -439,9 +447,8 @@ def same_run(one, other):
 
 @pytest.mark.ranks
 def test_ranks_micro_batches_checkpointing_and_two_passes_do_not_change_the_run(made, tmp_path, monkeypatch):
-    again(made, tmp_path / "single rows", "--micro-batch-tokens", 1)
     again(made, tmp_path / "no checkpointing", "--micro-batch-tokens", 40, "--no-gradient-checkpointing")
-    again(made, tmp_path / "two passes", "--micro-batch-tokens", 40, "--two-pass")
+    again(made, tmp_path / "single rows, two passes", "--micro-batch-tokens", 1, "--two-pass")
     whole = tmp_path / "two ranks"
     command_line(*TORCHRUN, HERE / "train.py", *made["flags"], "--out", whole)
     for other in tmp_path.iterdir():
@@ -451,8 +458,10 @@ def test_ranks_micro_batches_checkpointing_and_two_passes_do_not_change_the_run(
     start = *TORCHRUN, *patched("train.rewrite.__defaults__ = (1,)"), *made["flags"]
     command_line(*start, "--micro-batch-tokens", 20, "--two-pass", "--out", tmp_path / "chunks on two ranks")
     same_run(tmp_path / "chunks", tmp_path / "chunks on two ranks")
-    start = *TORCHRUN, "--max-restarts=3", *patched(LOST_RANK), *made["flags"], "--save-every", 5
-    command_line(*start, "--resume", "--out", tmp_path / "healed")
+    lost = ("if os.environ['RANK'] > os.environ['TORCHELASTIC_RESTART_COUNT']:\n"      # rank 1, at first
+            "    train.rewrite = lambda run: os.kill(os.getpid(), 9)")
+    start = *TORCHRUN, "--max-restarts=3", *patched(lost), *made["flags"], "--save-every", 5, "--resume"
+    command_line(*start, "--out", tmp_path / "healed")
     equal_runs(whole, tmp_path / "healed")
 
 
@@ -489,41 +498,42 @@ def test_rewriting_end_to_end_and_the_learning_rate(made):
 
 
 def test_the_highest_are_picked_and_empty_or_cut_off_ones_keep_the_original(made, monkeypatch, tmp_path):
-    def told(*args, inner=train.train_step):
-        tables.append(inner(*args))
-        return tables[-1]
-    ids, tables, mean = itertools.cycle(([2], [5, 6, 7])), [], {}
-    monkeypatch.setattr(train, "train_step", told)
-    monkeypatch.setattr(cadft, "nucleus_sample", lambda lm, prompts, *_, **__: [next(ids) for _ in prompts])
-    again(made, tmp_path / "out", "--ema-decay", 0.8)
-    audit = log(tmp_path / "out", "rewrites.jsonl")
-    for step, table in enumerate(tables, 1):                   # all are kept: nothing is forgotten
-        for i, c in zip(table["index"].tolist(), table["c_hat"].tolist()):
-            mean[i] = 0.8 * mean.get(i, c) + 0.2 * c
-        picked = sorted(((m, i) for i, m in mean.items() if m > 0), reverse=True)[:4]
-        found = [(row["average"], row["line"] - 1) for row in audit if row["step"] == step]
-        assert found == [(pytest.approx(m), i) for m, i in picked if step in range(12, 31, 3)]
-    told = {row["line"] - 1: row["average"] for row in log(tmp_path / "out", "compatibility.jsonl")}
-    assert told == pytest.approx(mean)
+    def watched(run, *args, inner=train.train_step):
+        table = inner(run, *args)
+        tracker.update(table["index"], table["c_hat"])
+        if run.step in range(12, 31, 3):
+            picked.extend((run.step, i + 1, tracker.mean[i].item()) for i in tracker.pick(0.2))
+        return table
+    def sampled(lm, prompts, stops, pad, limit, *, seed, **how):
+        lengths.append(max(map(len, prompts)) + limit)
+        seeds.append(seed)
+        return [next(ids) for _ in prompts]
+    ids, picked, tracker = itertools.cycle(([2], [5, 6, 7])), [], cadft.CompatibilityEMA(24, 0.8)
+    lengths, seeds = [], []
+    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(cadft, "nucleus_sample", sampled)
+    monkeypatch.setattr(train.rewrite, "__defaults__", (2,))   # two in a chunk
+    again(made, tmp_path / "out", "--ema-decay", 0.8, "--max-length", 20)
+    assert set(lengths) == {20} and len(set(seeds)) == len(seeds) > 7
+    audit = log(tmp_path / "out", "rewrites.jsonl")            # all are kept: nothing is forgotten
+    assert [(row["step"], row["line"], row["average"]) for row in audit] == picked
     assert {row["kept"] for row in audit} == {"empty", "cut off", "not drawn"}
-    assert log(tmp_path / "out")[-1]["rewritten"] == 0
+    told = {row["line"] - 1: row["average"] for row in log(tmp_path / "out", "compatibility.jsonl")}
+    assert [told[i] for i in range(24)] == tracker.mean.tolist()
 
 
-def test_methods_take_one_path_beta_0_is_dft(made, tmp_path):
-    for name in "dft", "sft", "cadft", "casft":
-        flags = "--beta", 0, "--rewrite-every", 0
-        again(made, tmp_path / name, "--method", name, *(flags if name.startswith("ca") else ()))
+def test_methods_take_one_path_beta_0_is_dft_and_the_report_is_of_what_was_seen(made, tmp_path, capsys):
+    for name, *flags in ("sft",), ("casft", "--beta", 0), ("cadft", "--beta", 0), ("dft",):
+        capsys.readouterr()
+        again(made, tmp_path / name, "--method", name, "--steps", 2, *flags)
+    told = re.findall(r"(\d+) seen, on average c_hat +(\S+), w (\S+)", capsys.readouterr().out)
     logs = {path.name: log(path) for path in tmp_path.iterdir()}
     assert logs["dft"] == logs["cadft"] and logs["sft"] == logs["casft"]
+    assert [train.parse(["--method", name]).beta for name in train.LOSSES] == [0, 0, 0, 1, 1]
     first, dft, sft = log(made["one"])[0], logs["dft"][0], logs["sft"][0]
     assert first["loss"] < dft["loss"] < sft["loss"] and dft["w_min"] == 1 > first["w_min"]
-
-
-def test_the_report_is_of_what_was_seen_and_of_the_weights_in_force(made, tmp_path, capsys):
-    again(made, tmp_path / "out", "--method", "dft", "--steps", 2)
-    told = re.findall(r"(\d+) seen, on average c_hat +(\S+), w (\S+)", capsys.readouterr().out)
     seen, c_hat, w = zip(*[map(float, row) for row in told])
-    assert sum(seen) == 2 * 4 and set(w) == {1.0}
+    assert sum(seen) == 2 * 4 and set(w) == {1.0}              # the weights in force, of dft
     assert sum(n * c for n, c in zip(seen, c_hat)) == pytest.approx(0, abs=0.02 * 8)
 
 
@@ -583,8 +593,6 @@ def test_responses_are_cut_what_is_unused_is_told_and_odd_but_legal_files_load(t
     line = json.dumps(PLAIN).encode()
     for content in line + b"\n\n", line + b"\r\n" + line, b"\xef\xbb\xbf" + line, b"\n" + line:
         assert {tuple(e.prompt_ids.tolist()) for e in load(tmp_path, content)} == {(4, 13, 4, 16)}
-    strange = {"prompt": "\u2028\u06611", "response": "\u05d02" * 2000}
-    assert [len(e) for e in load(tmp_path, [strange, strange])] == [2048, 2048]    # duplicates stay
 
 
 BODY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -605,8 +613,9 @@ SHAPES = {     # name: template, what the last turn has besides or instead, what
                   {"reasoning_content": "3+1"}, "3+1\n</think>\n\n4 <3<|im_end|>"),
     "tool calls": (CALLS, {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
                    '<tool_call>{"name": "add", "arguments": {}}</tool_call><|im_end|>'),
-    "nothing at the end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                           "{% if add_generation_prompt %}assistant: {% endif %}", {}, "4 <3\n</s>")}
+    "nothing at the end, for a tag is none": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}", {"content": "4</think>"}, "4</think>\n</s>")}
 ASKED, GIVEN = {"role": "user", "content": "1+\n3?"}, {"role": "assistant", "content": "4 <3"}
 
 
@@ -659,17 +668,6 @@ def test_what_the_template_leaves_out_or_asks_otherwise_is_a_mistake(chat, given
         train.encode(marked(BODY), [ASKED, GIVEN], [{"type": "function", "function": {"name": "add"}}])
 
 
-def test_a_tokenizer_splits_text_as_its_file_says_whatever_its_class(tmp_path):
-    from tokenizers import decoders, pre_tokenizers
-    tokenizer = characters()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("|", "never")
-    tokenizer.backend_tokenizer.decoder = decoders.Metaspace("|", "never")
-    path = folder(tmp_path / "m", tiny("qwen2"), tokenizer)    # for this model transformers has a class
-    saved = type(tokenizer.backend_tokenizer).from_file(str(Path(path, "tokenizer.json")))
-    for text in "a b", "1 + 1":
-        assert train.load_model(path, torch.float32)[1](text)["input_ids"] == saved.encode(text).ids
-
-
 def test_tokens_that_are_not_the_text_are_told_and_lost_spaces_or_letters_refused(tmp_path, capsys):
     from tokenizers import decoders, normalizers
     def changed(old, new, decoder=None):
@@ -690,49 +688,34 @@ def test_tokens_that_are_not_the_text_are_told_and_lost_spaces_or_letters_refuse
     assert capsys.readouterr().out.count("not quite the text: '1\u4e2d' becomes '1'") == 1
 
 
-def test_untrained_weights_are_refused_longrope_limits_the_length_and_special_tokens_stop(tmp_path, capsys):
-    unused, frozen, lm = tiny(), tiny(), tiny()
+def test_weights_lie_as_torchs_own_text_splits_as_its_file_says_and_special_tokens_stop(tmp_path, capsys):
+    from tokenizers import pre_tokenizers
+    lm, tokenizer = tiny("qwen2"), characters()                # transformers has a tokenizer for this model
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("|", "never")
+    lm.generation_config.eos_token_id = [2, 40]                # 40 is a letter
+    lm, loaded = train.load_model(folder(tmp_path / "m", lm, tokenizer), torch.float32)
+    assert {tensor.data_ptr() % 64 for tensor in (*lm.parameters(), *lm.buffers())} == {0}
+    assert loaded("1 + 1")["input_ids"] == tokenizer("1 + 1")["input_ids"]
+    assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
+    assert lm.generation_config.pad_token_id == 0              # other settings are as they were
+    flags = "--batch-size", "1", "--max-length", "64"
+    a = train.parse(["--model", "m", "--data", jsonl(tmp_path / "data.jsonl", [PLAIN]), *flags])
+    examples, ends = train.load_examples(a, characters())
+    train.new_run(a, lm, None, examples, ends | {40})
+    assert lm.generation_config.eos_token_id == [2, 40] and lm.training and lm.is_activation_checkpointing
+
+
+def test_untrained_weights_are_refused_and_longrope_limits_the_length():
+    unused = tiny()
     unused.model.unused = torch.nn.Linear(2, 2, bias=False)    # no gradient
-    frozen.model.norm.weight.requires_grad = False
-    for other, name in (unused, "unused"), (frozen, "norm"):
-        with pytest.raises(train.Mistake, match=f"nothing would train: .*{name}"):
-            train.check_gradients(other)
+    with pytest.raises(train.Mistake, match="nothing would train: .*unused"):
+        train.check_gradients(unused)
     rope = dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, rope_theta=100.0,
                 original_max_position_embeddings=32, factor=4.0)
     assert train.positions(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32)) == 32
-    lm.generation_config.eos_token_id = [2, 40]                # 40 is a letter
-    lm, _ = train.load_model(folder(tmp_path / "m", lm), torch.float32)
-    assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
-    data = jsonl(tmp_path / "data.jsonl", [PLAIN] * 4)
-    a = train.parse(["--model", "m", "--data", data, "--batch-size", "4", "--max-length", "64"])
-    examples, ends = train.load_examples(a, characters())
-    assert train.new_run(a, lm, None, examples, ends | {40}).lm.generation_config.eos_token_id == [2, 40]
-
-
-def test_settings_that_could_not_be_saved_go_as_do_old_masks_and_a_tag_is_no_end(tmp_path):
-    odd = folder(tmp_path / "odd")
-    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None], "stop_strings": ["a"]}
-    Path(odd, "generation_config.json").write_text(json.dumps(settings))
-    train.load_model(odd, torch.float32)[0].save_pretrained(tmp_path / "saved")
-    constants = {f"transformer.h.0.attn.{name}bias": torch.ones(1) for name in ("masked_", "attention.")}
-    old = tiny("gpt2").state_dict() | constants
-    train.load_model(folder(tmp_path / "old", tiny("gpt2"), state_dict=old), torch.float32)
-    tokenizer = characters("{% for m in messages %}{{ m.content }}{% endfor %}")
-    tokenizer.add_tokens("</a>")
-    _, response = train.encode(tokenizer, [ASKED | {"content": "1"}, GIVEN | {"content": "2</a>"}])
-    assert tokenizer.convert_ids_to_tokens(response) == ["2", "</a>", "<eos>"]
 
 
 # ==== Nothing lost =========================================================================================
-
-LOST_RANK = """
-def lossy(run, *args, inner=train.train_step):
-    if (run.step, os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == (14, "0", "1"):
-        os.kill(os.getpid(), 9)
-    return inner(run, *args)
-train.train_step = lossy
-"""
-
 
 def equal_runs(one, other):
     for name in "log.jsonl", "rewrites.jsonl", "compatibility.jsonl":
@@ -741,16 +724,10 @@ def equal_runs(one, other):
     assert not list(Path(other).glob("*.tmp")) and train.finished(other)
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(made, tmp_path, monkeypatch):
-    def placed(run, *args, inner=train.train_step):            # where weights and moments lie in a cache line
-        moments = [x for state in run.optimizer.state.values() for x in state.values()]
-        assert run.lm.training and run.lm.is_activation_checkpointing
-        places.add(tuple(x.data_ptr() % 64 for x in (*run.lm.parameters(), *run.lm.buffers(), *moments)))
-        return inner(run, *args)
-    places, out = set(), tmp_path / "out"
-    monkeypatch.setattr(train, "train_step", placed)
+def test_an_interrupted_run_goes_on_to_the_bit(made, tmp_path):
+    out = tmp_path / "out"
     again(made, tmp_path / "whole", "--dtype", "float32")
-    for step in 16, 7:                                         # 15 steps, of which 14 are saved; then 6 more
+    for step in 16, 21:                                        # 15 steps, of which 14 are saved; then 6 more
         interrupted(made, out, step, "--dtype", "float32", "--resume", "--save-every", 7)
         with open(out / "log.jsonl", "ab") as file:            # what a crash may leave in it
             file.write(b'{"step": 21, "nll": \xff\n{"st')
@@ -758,7 +735,6 @@ def test_an_interrupted_run_goes_on_to_the_bit(made, tmp_path, monkeypatch):
     assert torch.load(out / "checkpoint.pt")["step"] == 14 and not train.finished(out)
     again(made, out, "--dtype", "float32", "--resume", "--micro-batch-tokens", 9999)
     equal_runs(tmp_path / "whole", out)
-    assert len(places) == 2 and len(set(itertools.chain(*places))) == 1    # at first there are no moments
 
 
 def test_a_failing_save_and_resuming_ones_own_run_only(made, refused, tmp_path, capsys, monkeypatch):
@@ -776,9 +752,7 @@ def test_a_failing_save_and_resuming_ones_own_run_only(made, refused, tmp_path, 
         again(made, out, "--save-every", 8, code=2)
     assert torch.load(checkpoint)["step"] == 8
     for words, *flags in ((("--lr", "0.01", "0.5"), "--lr", 0.5),
-                          (("--seed", "--beta"), "--seed", 1, "--beta", 2),
-                          (("--data-sha256",), "--data", jsonl(tmp_path / "data.jsonl", rows(seed=1))),
-                          (("--model",), "--model", folder(tmp_path / "other"))):
+                          (("--data-sha256",), "--data", jsonl(tmp_path / "data.jsonl", rows(seed=1)))):
         for place in out, made["one"]:                         # half done and finished
             refused(words, *made["flags"], "--out", place, "--resume", *flags)
     for path in checkpoint, out / "args.json":
@@ -803,27 +777,20 @@ def patched(code):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks, kills", ((1, 2), *(pytest.param(ranks, 12, marks=LONG) for ranks in (1, 2))))
-def test_killed_runs_resume_to_the_bit(ranks, kills, made, tmp_path):
-    """SIGKILL for all processes at random moments, among them while the run saves and while it rewrites."""
-    draw, hits, process, out = random.Random(ranks), 0, None, tmp_path / "out"
-    logged = lambda: (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
-    start = *(TORCHRUN if ranks > 1 else TORCHRUN[:1]), HERE / "train.py", *made["flags"], "--save-every", 1
-    command_line(*start, "--out", tmp_path / "whole")
-    while process is None or process.returncode:
-        before, saving = logged(), draw.random() < 0.5
-        command = [*map(str, start), "--resume", "--out", str(out)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and hits < kills:
-            if logged() > before and (not saving or list(out.glob("*.tmp"))):
-                time.sleep(draw.uniform(0, 0.03 if saving else 0.3))
+@pytest.mark.parametrize("kills", (2, pytest.param(12, marks=LONG)))
+def test_killed_runs_resume_to_the_bit(kills, made, tmp_path):
+    """SIGKILL at random moments of a step, among them while the run saves and while it rewrites."""
+    draw, out, hits = random.Random(kills), tmp_path / "out", 0
+    start = sys.executable, HERE / "train.py", *made["flags"], "--save-every", 1, "--resume", "--out"
+    command_line(*start, tmp_path / "whole")
+    for _ in range(kills):
+        process = subprocess.Popen([*map(str, start), str(out)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("rewriting: "):                 # the first step follows
+                time.sleep(draw.uniform(0, 0.2))
                 process.kill()
-                if ranks > 1:                                  # the workers would go on for a while
-                    subprocess.run(["pkill", "-KILL", "-f", str(out)])
-                hits += 1
-                break
-            time.sleep(0.001)
-        assert process.wait() <= 0
+        hits += process.wait() < 0
+    command_line(*start, out)
     equal_runs(tmp_path / "whole", out)
     assert hits >= 2
 
@@ -908,6 +875,10 @@ def test_the_loop_of_ones_own_takes_a_step():
 
 # ==== Bad input ============================================================================================
 
+def cases(table, sign):
+    return [re.split(f" ?({sign}) ?", case) for case in re.split(" ; |\n", table.strip("\n"))]
+
+
 BAD_LINES = {                                                  # second line of the data: what must be said
     b'{"prompt": "1"': "JSON", b"[" * 100_000: "JSON", b"[1]": "not list", b'{"prompt": "\xff"}': "UTF-8",
     b'{"prompt": "\\ud800"}': "UTF-8", b'{"prompt": "1"}': '"response" is missing, empty or not a string',
@@ -920,38 +891,35 @@ BAD_FLAGS = """
 --model nowhere :: nowhere ; --model NOEOS :: end-of-sequence ; --model HALF :: missing & lm_head
 --data= :: --model and --data go together; with neither, the classroom runs ; --prompt-template x :: {prompt}
 --model SMALL :: token 46 ; --model NAN :: not finite ; --model DEAF :: attention mask
---model BERT :: depend on later tokens ; --model LLAVA :: no causal language model
---model EXTRA :: no place in ; --model ADAPTER :: adapter_config.json ; --model AWQ :: quantized; take
---max-length 129 :: 129 & 128 ; --method ppo :: --method & cadft
---prompt-field x :: line 1 & field "x" ; --out MODEL :: not empty; --resume ; --max-length 3 :: no usable row
---out RUN :: not empty; --resume ; --out BASE :: a name for base models ; --out DATA/below :: below
---steps 3 --epochs 1 :: --steps and --epochs ; --classroom-size 10 :: classroom
---beta -1 :: --beta & between 0 ; --rewrite-prob 50 :: between 0 and 1 ; --lr nan :: --lr ; --clip 0 :: --clip
+--model BERT :: depend on later tokens ; --model VISION :: no causal language model
+--model EXTRA :: no place in ; --model ADAPTER :: adapter_config.json ; --model 4BIT :: quantized; take
+--max-length 129 :: 129 & 128 ; --max-length 3 :: no usable row ; --out MODEL :: not empty; --resume
+--out RUN :: not empty; --resume ; --out BASE :: a name for base models ; --classroom-size 10 :: classroom
+--steps 3 --epochs 1 :: --steps and --epochs ; --rewrite-prob 50 :: between 0 and 1 ; --lr nan :: --lr
 """
-BAD = [(flags.split(), words.split(" & "))
-       for flags, words in (case.split(" :: ") for case in re.split(" ; |\n", BAD_FLAGS.strip()))]
+BAD = [(flags.split(), words.split(" & ")) for flags, _, words in cases(BAD_FLAGS, "::")]
 BAD += [(("--data", f"LINE{i}"), ("line 2: ", said)) for i, said in enumerate(BAD_LINES.values())]
 
 
 @pytest.fixture(scope="module")
 def broken(made):
-    path, spoiled, untied, more = made["path"] / "broken", tiny(), tiny(tie_word_embeddings=False), tiny()
+    path, spoiled, quantized, untied = made["path"], tiny(), tiny(), tiny(tie_word_embeddings=False)
     spoiled.get_input_embeddings().weight.data[5, 5] = math.nan
+    quantized.config.quantization_config = {"quant_method": "awq", "bits": 4}
     half = {name: tensor for name, tensor in untied.state_dict().items() if name != "lm_head.weight"}
-    extra = more.state_dict() | {"model.layers.0.mlp.up_proj.bias": torch.ones(64)}
-    models = {"SMALL": tiny(vocab_size=10), "BERT": tiny("bert"), "NAN": spoiled, "LLAVA": seeing("llava"),
-              "DEAF": tiny("recurrent_gemma", lru_width=32, num_hidden_layers=3), "ADAPTER": tiny()}
+    extra = tiny().state_dict() | {"model.layers.0.mlp.up_proj.bias": torch.ones(64)}
+    models = {"SMALL": tiny(vocab_size=10), "BERT": tiny("bert"), "NAN": spoiled, "VISION": seeing(),
+              "DEAF": tiny("recurrent_gemma", lru_width=32, num_hidden_layers=3), "4BIT": quantized,
+              "ADAPTER": tiny()}
     found = {name: folder(path / name, lm) for name, lm in models.items()}
     Path(found["ADAPTER"], "adapter_config.json").write_text("{}")
-    more.config.quantization_config = {"quant_method": "awq", "bits": 4}
     for i, line in enumerate(BAD_LINES):
         found[f"LINE{i}"] = str(path / f"{i}.jsonl")
         Path(path, f"{i}.jsonl").write_bytes(b"\n".join([json.dumps(PLAIN).encode(), line, b""]))
     return found | {"HALF": folder(path / "half", untied, state_dict=half), "MODEL": made["model"],
-                    "EXTRA": folder(path / "extra", state_dict=extra), "AWQ": folder(path / "awq", more),
+                    "EXTRA": folder(path / "extra", state_dict=extra), "RUN": str(made["one"]),
                     "NOEOS": folder(path / "noeos", tokenizer=characters(eos=None)),
-                    "DATA": made["data"], "DATA/below": f"{made['data']}/below",
-                    "BASE": str(path / "base-seed0"), "RUN": str(made["one"])}
+                    "BASE": str(path / "base-seed0")}
 
 
 @pytest.mark.parametrize("flags, words", BAD, ids=str)
@@ -976,40 +944,25 @@ def test_of_two_processes_one_speaks_once_and_they_exit_with_2(code, message, ma
 # ==== Evaluation ===========================================================================================
 
 PAIRS = r"""
-\dfrac{3}{7} == \frac{3}{7} ; \tfrac{5}{8} == 5/8 ; \frac{-3}{5} == -\frac{3}{5} ; \dfrac{7}{3} != \frac{3}{7}
-\frac12 == \frac{1}{2} ; \frac{144}{12} == 12 ; 0.333 != \frac{1}{3} ; 0.3333 == \frac{1}{3} ; 37.0 == 37
-123456789012345678 != 123456789012345679 ; 50000 != 50001 ; -14 != 14 ; 025 == 25 ; 9.8 != 9.81 ; .75 == 3/4
-1{,}234{,}567 == 1234567 ; 86,400 == 86400 ; 1,234 != 1.234 ; 72^\circ == 72 ; \$18.90 == 18.9 ; 35\% == 35
-13 \text{ cm} == 13 ; 12\ \mathrm{m/s} == 12 ; 31 \text{ apples} != 13 \text{ apples} ; 2\frac{1}{2} == 5/2
+\dfrac{3}{7} == \frac{3}{7} ; \dfrac{7}{3} != \frac{3}{7} ; 0.333 != \frac{1}{3} ; 0.3333 == \frac{1}{3}
+123456789012345678 != 123456789012345679 ; 50000 != 50001 ; 025 == 25 ; 9.8 != 9.81 ; 86,400 == 86400
 4.5e33 == 4.5 \times 10^{33} ; 4.5 \cdot 10^{33} == 4.5e33 ; 4.5e32 != 4.5e33 ; 3.2e-20 != 1.6e-20
-1.6 \times 10^{-19} == 1.6e-19 ; 1.7 \times 10^{-19} != 1.6e-19 ; 3e5 == 300000 ; 7e-5 != 8e-5 ; 2E3 == 2000
-2^{10} == 1024 ; 2^{10} != 20 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024} ; \binom{6}{2} == 15 ; 7! == 5040
-x=11 == 11 ; x = -11 != 11 ; 2\sqrt{3} == \sqrt{12} ; \sqrt{13} != 13 ; 3\sqrt{2} != 2\sqrt{3}
-(2, 7, 9) == (2,7,9) ; (4,-6) != (4,6) ; (3,-2) != (-2,3) ; [0,4] != (0,4] ; (-2, +\infty) == (-2,\infty)
-\{1,4,9\} == \{9,4,1\} ; \{1,4,8\} != \{1,4,9\} ; 1,4 != 1,4,9 ; 84, 69 == $69$,$84$ ; 1,2,3 != 123
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} == \begin{bmatrix}1&2\\3&4\end{bmatrix} ; (x-2)(x+2) == x^2-4
-3xy^2 != 3x^2y ; 4i+3 == 3+4i ; \text{(C)} == C ; A != D ; \text{Thursday} != \text{Tuesday} ; \text{No} == no
+1.7 \times 10^{-19} != 1.6e-19 ; 7e-5 != 8e-5 ; 2E3 == 2000 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024}
+13 \text{ cm} == 13 ; (3,-2) != (-2,3) ; \{1,4,9\} == \{9,4,1\} ; 1,4 != 1,4,9 ; x=11 == 11 ; \text{(C)} == C
 """
 RESPONSES = r"""
 \boxed{1}, no, \boxed{\frac{1}{2}}. -> \frac{1}{2} ; \boxed{\{1, 2\}} 3 -> \{1, 2\} ; so \fbox{6} -> 6
 it is \boxed {\frac{1}{2} -> \frac{1}{2} ; thus $\boxed 2$. -> 2 ; \boxed 2. -> 2 ; \boxed{} 7 -> ;  ->
 The answer is 12. Or the answer is: $x = 3.5$. Take 7. -> x = 3.5$ ; the answer is 2^{10} -> 2^{10}
-**Answer:** $\frac{3}{4}$ -> \frac{3}{4}$ ; **Answer**: 12 -> 12 ; The final answer is **-4**. -> -4
-\textbf{Answer:} 42 -> 42
-7 + 11 = 18@#### 18@@Question: 5@#### 5 -> 18 ; Hence 3/4 -> Hence 3/4 ; the answer is:@@42@@It fits. -> 42
+**Answer:** $\frac{3}{4}$ -> \frac{3}{4}$ ; The final answer is **-4**. -> -4
+\textbf{Answer:} 42 -> 42 ; Hence 3/4 -> Hence 3/4
+7 + 11 = 18@#### 18@@Question: 5@#### 5 -> 18 ; the answer is:@@42@@It fits. -> 42
 """
 
 
-def cases(table, sign):
-    return [re.split(f" ?({sign}) ?", case) for case in re.split(" ; |\n", table.strip("\n"))]
-
-
-def test_extraction():
+def test_extraction_and_grading_are_those_of_the_tables_and_blind_to_what_stands_around():
     for response, _, answer in cases(RESPONSES, "->"):
         assert evaluate.extract_answer(response.replace("@", "\n")) == answer, response
-
-
-def test_grading_is_that_of_the_table_and_blind_to_what_stands_around():
     pytest.importorskip("math_verify")
     for answer, sign, reference in cases(PAIRS, "==|!="):
         for spelling in rf"So it is \boxed{{{answer}}}, or so.", f"####1</think>#### {answer}\nQ: #### 3":
@@ -1027,11 +980,7 @@ def test_grading_is_that_of_the_table_and_blind_to_what_stands_around():
         assert not evaluate.is_correct(rf"\boxed{{{hostile}}}", "3")
 
 
-def problems(path, lines):
-    return evaluate.load_problems(path, train.read_jsonl(jsonl(path, lines)))
-
-
-def test_files_in_the_shapes_of_the_benchmarks_load(tmp_path, capsys):
+def test_files_in_the_shapes_of_the_benchmarks_load_and_what_lacks_question_or_reference_is_named(capsys):
     told = [({"id": 60, "problem": "a", "answer": "025", "url": "u"}, "a", "025"),
             ({"id": 0, "problem": "b", "answer": 27.0, "question": "c"}, "c", "27.0"),
             ({"problem": "d", "solution": r"\boxed{1}, so \boxed{4.5e33}"}, "d", "4.5e33"),
@@ -1039,20 +988,15 @@ def test_files_in_the_shapes_of_the_benchmarks_load(tmp_path, capsys):
             ({"question": "f", "answer": "Two of 9.\n#### 18"}, "f", "18"),
             ({"problem": "g", "solution": r"\boxed{3}", "answer": r"(3, \pi)"}, "g", r"(3, \pi)"),
             ({"messages": TURNS[:3], "answer": 2}, "1+1:", "2")]
-    found = problems(tmp_path / "problems.jsonl", [row for row, *_ in told])
+    found = evaluate.load_problems("name", enumerate([row for row, *_ in told], 1))
     assert [(p["row"]["question"], p["row"]["reference"]) for p in found] == [tuple(one[1:]) for one in told]
     assert found[-1]["turns"] == TURNS[:2]                     # a system turn, and no answer
     assert "never used: id, url" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("row", (
-    {"answer": math.nan}, {"answer": None}, {"answer": " "}, {"answer": []}, {}, {"answer": {}},
-    {"reference": [1, None]}, {"solution": "none"}, {"answer": "nan", "solution": r"\boxed{1}"},
-    {"answer": "x ####"}, {"question": 3, "answer": 1}, {"question": "", "answer": 1},
-    {"messages": TURNS[2:3], "answer": 1}, {"messages": [3], "answer": 1}), ids=str)
-def test_a_problem_without_question_or_reference_is_named(row, tmp_path):
-    with pytest.raises(train.Mistake, match="line 2"):
-        problems(tmp_path / "x.jsonl", [{"question": "1", "answer": 1}, {"question": "1"} | row])
+    for row in ({"answer": math.nan}, {"answer": " "}, {"answer": []}, {"reference": [1, None]},
+                {"solution": "none"}, {"question": 3, "answer": 1}, {"question": "", "answer": 1},
+                {"messages": [3], "answer": 1}):
+        with pytest.raises(train.Mistake, match="name, line 2: "):
+            evaluate.load_problems("name", [(1, told[0][0]), (2, {"question": "1"} | row)])
 
 
 @pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="set BENCHMARKS to the folder of the five files")
@@ -1060,10 +1004,10 @@ def test_the_real_benchmarks_load_and_the_official_labels_agree():
     where = Path(os.environ["BENCHMARKS"])
     for name, size in dict(aime24=30, amc23=40, minerva_math=272, olympiadbench=675, math_oai=500).items():
         loaded = evaluate.load_problems(name, train.read_jsonl(where / f"{name}.jsonl"))
-        references = [problem["row"]["reference"] for problem in loaded]
-        for reference in references:
+        for problem in loaded:
+            reference = problem["row"]["reference"]
             assert evaluate.is_correct(rf"It is \boxed{{{reference}}}, so.", reference), reference
-        assert len(references) == size
+        assert len(loaded) == size
     labelled = [row for _, row in train.read_jsonl(where / "graded_responses.jsonl")]
     agreed = sum(evaluate.is_correct(row["response"], row["reference"]) == row["correct"] for row in labelled)
     assert len(labelled) == 400 and agreed >= 399, agreed
@@ -1127,14 +1071,14 @@ def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_experiment_is_told
                        "out/dft-seed12": {"lr": 1, "seed": 12, "out": "4"}, "else/mine": {}}.items():
         jsonl(Path(folder(name)) / "args.json", [args])
     Path("out/begun-seed0").mkdir()
-    runs = evaluate.find_runs(["else/mine/", "else/../else/mine", "Qwen/Qwen2-0.5B"])
-    runs = evaluate.find_runs([]) + runs
+    runs = evaluate.find_runs([])
     assert [(run["row"], run["seed"]) for run in runs] == [
-        ("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None), ("mine", None),
-        ("Qwen/Qwen2-0.5B", None)]
+        ("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None)]
+    others = evaluate.find_runs(["else/mine/", "else/../else/mine", "Qwen/Qwen2-0.5B"])
+    assert [run["row"] for run in others] == ["mine", "Qwen/Qwen2-0.5B"]
     told = "row {}: not seeds of one experiment, they differ in {}"
-    assert [*evaluate.differing_runs(runs)] == [told.format("cadft", "data_sha256, lr"),
-                                                told.format("mine", "folder")]
+    assert [*evaluate.differing_runs(runs + others)] == [told.format("cadft", "data_sha256, lr"),
+                                                         told.format("mine", "folder")]
     for name in "out/begun-seed0", "out/nothing", "no/such/folder":
         with pytest.raises(train.Mistake, match=name):
             evaluate.find_runs([name])
@@ -1156,16 +1100,18 @@ def test_evaluation_end_to_end(evaluated, made, tmp_path, capsys):
     asked = [(row["problem"], str(row["sample"])) for row in told]
     assert asked == [*itertools.product(range(4), ("0", "1", "greedy"))]
     assert all(row["tokens"] <= 12 and (row["finished"] or row["tokens"] == 12) for row in told)
-    row, = evaluated["rows"]
-    again, = evaluate.compare([evaluate.result(row["runs"][0], "sums", told)], "dft")
-    assert row["row"] == "one" and torch.equal(again["values"], row["values"])
-    assert evaluate.main(["--grade", str(evaluated["file"])]) == 0     # its own file can be graded again
+    graded, = evaluate.measure(evaluate.parse(["--grade", str(evaluated["file"])]))    # its own file
+    assert torch.equal(graded["values"], evaluated["rows"][0]["values"])
     more = jsonl(tmp_path / "more.jsonl", [{"question": "1+1", "answer": 2}])
     flags = "--data", evaluated["data"], more, "--limit", "2", "--out", str(tmp_path / "out")
     assert evaluate.main([made["model"], *evaluated["flags"], *flags]) == 0
     files = sorted(path.name for path in tmp_path.glob("out/*/*"))
     assert files == ["eval-more.jsonl"] * 2 + ["eval-sums.jsonl"] * 2
     assert "asked in different words" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    hub = evaluated["rows"][0] | {"row": "hub", "runs": [{"path": "hub/model"}]}
+    evaluate.draw(tmp_path / "picture.png", [*evaluated["rows"], hub])
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ranks
@@ -1202,15 +1148,11 @@ def test_a_missing_package_is_told_before_anything_is_sampled(evaluated, refused
     refused(["--plot: a .png"], evaluated["flags"][0], "--plot", tmp_path / "x.doc", program=evaluate)
 
 
-def test_verdicts_of_another_program_count_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)      # it isn't needed
+def test_answers_sampled_elsewhere_are_graded_and_grouped_and_verdicts_count_as_they_are(tmp_path):
     verdicts = [True, 1, "true", False, 0, "false", 0.0, 1.0]
     lines = [{"task_id": i % 2, "passed": verdict, "completion": "x"} for i, verdict in enumerate(verdicts)]
     row, = evaluate.measure(evaluate.parse(["--grade", jsonl(tmp_path / "code.jsonl", lines)]))
     assert number(row, "average")[0] == 0.5 and "2 code.jsonl" in evaluate.table([row], "dft")[1]
-
-
-def test_answers_sampled_elsewhere_are_graded_and_grouped(tmp_path):
     pytest.importorskip("math_verify")
     lines = [{"question": "a", "answer": "1/2", "response": r"\boxed{0.5}"},
              {"question": "a", "answer": "1/2", "response": "0.5", "sample": "greedy"},
@@ -1226,20 +1168,18 @@ def test_the_gradient_study_is_that_of_direct_backwards(made, capsys):
     found = evaluate.gradient_study(run, made["data"], 4)
     lm, tokenizer = train.load_model(made["one"], torch.float32)
     examples, _ = train.load_examples(train.parse([*map(str, made["flags"])]), tokenizer)
-    c_raw, squared = [], {"sft": [], "dft": []}
-    for example in examples[:4]:
-        batch = train.collate([example])
-        nll, = naive_nll(lm, batch["input_ids"], batch["labels"])
-        c_raw.append(nll.mean().item())
-        for name, p in ("sft", 1.0), ("dft", nll.detach().neg().exp()):
-            parts = torch.autograd.grad((p * nll).mean(), list(lm.parameters()), retain_graph=True)
-            squared[name].append(sum(part.square().sum() for part in parts).item())
+    batches = [train.collate([example]) for example in examples[:4]]
+    nll = [naive_nll(lm, batch["input_ids"], batch["labels"])[0] for batch in batches]
+    losses = {"sft": [n.mean() for n in nll], "dft": [(n.detach().neg().exp() * n).mean() for n in nll]}
+    c_raw = [n.mean().item() for n in nll]
     mu, sigma = statistics.fmean(c_raw), statistics.pstdev(c_raw)
     ranks = lambda x: [*map(sorted(x).index, x)]
     w = [math.exp(-max(0, (c - mu) / sigma)) for c in c_raw]
     expected = {"demonstrations": 4}
-    for name, g in squared.items():
-        norms = [math.sqrt(x) for x in g]
+    for name, each in losses.items():
+        parts = [torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True) for loss in each]
+        norms = [math.hypot(*(part.norm().item() for part in some)) for some in parts]
+        g = [norm ** 2 for norm in norms]
         expected |= {f"c_hat and ||g|| of {name}, Pearson": statistics.correlation(c_raw, norms),
                      f"c_hat and ||g|| of {name}, Spearman": statistics.correlation(ranks(c_raw), ranks(g)),
                      f"E||w g||^2 / E||g||^2 of {name}": sum(w * w * x for w, x in zip(w, g)) / sum(g)}
@@ -1247,10 +1187,3 @@ def test_the_gradient_study_is_that_of_direct_backwards(made, capsys):
     assert evaluate.gradient_study(run, made["data"], 4, "z{prompt}") != pytest.approx(expected, rel=1e-4)
     assert evaluate.main([str(made["one"]), "--gradients", "--data", made["data"], "--limit", "3"]) == 0
     assert "E||w g||^2" in capsys.readouterr().out
-
-
-def test_the_picture_is_drawn(evaluated, tmp_path):
-    pytest.importorskip("matplotlib")
-    hub = evaluated["rows"][0] | {"row": "hub", "runs": [{"path": "hub/model"}]}
-    evaluate.draw(tmp_path / "picture.png", [*evaluated["rows"], hub])
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
