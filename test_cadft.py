@@ -454,8 +454,9 @@ def test_ranks_micro_batches_checkpointing_and_two_passes_do_not_change_the_run(
     for other in tmp_path.iterdir():
         same_run(made["one"], other)
     monkeypatch.setattr(train.rewrite, "__defaults__", (1,))   # each rewrite is a chunk of its own
-    again(made, tmp_path / "chunks")
-    start = *TORCHRUN, *patched("train.rewrite.__defaults__ = (1,)"), *made["flags"]
+    wild = "--rewrite-temperature", 3                          # no two samples are alike
+    again(made, tmp_path / "chunks", *wild)
+    start = *TORCHRUN, *patched("train.rewrite.__defaults__ = (1,)"), *made["flags"], *wild
     command_line(*start, "--micro-batch-tokens", 20, "--two-pass", "--out", tmp_path / "chunks on two ranks")
     same_run(tmp_path / "chunks", tmp_path / "chunks on two ranks")
     lost = ("if os.environ['RANK'] > os.environ['TORCHELASTIC_RESTART_COUNT']:\n"      # rank 1, at first
