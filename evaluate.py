@@ -158,9 +158,11 @@ def is_correct(response, reference):
 
 def equal(answer, reference):
     """Whether answers are equal, as math-verify understands them: `answer` is text with $LaTeX$ in it. sympy
-    computes what they say, for five seconds at most; without limit outside of Unix."""
-    require(find_spec("math_verify"), "math-verify is needed for this: pip install math-verify")
-    import math_verify
+    computes what they say, for five seconds at most; without limit outside of Unix. Main thread only."""
+    try:
+        import math_verify
+    except ImportError:
+        raise Mistake("math-verify is needed for this: pip install math-verify") from None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     seconds = 5 if os.name == "posix" else None                # by a signal: in the main thread only
     reference = str(reference)[:500]
@@ -232,7 +234,7 @@ def result(run, data, rows):
     problems, each = {}, []
     for row in rows:
         problems.setdefault(row["problem"], []).append(row)
-    for answers in problems.values():
+    for _, answers in sorted(problems.items()):
         greedy = [row["correct"] for row in answers if row.get("sample") == "greedy"]
         samples = [row for row in answers if row.get("sample") != "greedy"]
         right = [row["correct"] for row in samples]
@@ -336,7 +338,8 @@ def gradient_study(run, path, limit, template=None):
             gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
             squared[name].append(sum(part.square().sum().item() for part in gradient))
     c_hat = cadft.batch_zscore(torch.cat(c_raw).double(), own.eps).cpu()       # [N]
-    w = cadft.compatibility_weight(c_hat, own.beta or 1.0)                     # [N] 0: the run had no weights
+    beta = own.beta if own.method in train.WEIGHTED else 1.0
+    w = cadft.compatibility_weight(c_hat, beta)                                # [N]
     found = {"demonstrations": len(examples)}
     for name, values in squared.items():
         g2 = torch.tensor(values).double()                                     # [N] ||g||^2

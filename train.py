@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import ChainMap, Counter
@@ -275,8 +276,8 @@ def load_examples(a, tokenizer, rows=None):
     for line, row in tqdm(rows or read_jsonl(a.data), "encoding", unit="row", delay=5, disable=RANK > 0):
         try:
             turns = dialogue(row, a, notes)
-            fields = {name for turn in turns for name in turn}
-            notes.update(f"never used: {name} of turns" for name in fields
+            fields = {name for turn in turns for name in turn if turn[name] not in (None, "", [], {})}
+            notes.update(f"never used: {name} of turns" for name in fields - {"role"}
                          if tokenizer.chat_template and name not in str(tokenizer.chat_template))
             prompt, response = encode(tokenizer, turns, row.get("tools"))
             if len(examples) < 100 and not changed:
@@ -302,7 +303,8 @@ def read_jsonl(path):
     """Yield (line number, object) for each line that is not blank."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            line = line.strip()
+            if not line:
                 continue
             try:
                 row = json.loads(line)
@@ -477,6 +479,7 @@ def load_model(path, dtype):
         for part in config, config.get_text_config():           # no dropout
             vars(part).update({name: 0.0 for name, value in vars(part).items()
                                if "drop" in name and isinstance(value, float)})
+        require(not getattr(config, "vision_config", None), "this is for text, not pictures")
         require(not getattr(config, "quantization_config", None), "it is quantized; take full weights")
         merged = not Path(path, "adapter_config.json").exists()
         require(merged, "take merged weights, in a folder without adapter_config.json")
@@ -650,9 +653,11 @@ def write_rows(path, rows, mode):
 
 
 def read_json(path):
-    """The first object in a JSONL file; {} where there is none."""
-    rows = [row for _, row in read_jsonl(path)] if Path(path).exists() else []
-    return rows[0] if rows else {}
+    """The object in a JSON file; {} where there is none."""
+    try:
+        return dict(json.loads(Path(path).read_text("utf-8-sig"))) if Path(path).exists() else {}
+    except (ValueError, TypeError) as error:
+        raise Mistake(f"{path}: damaged; restore or remove it ({error})") from error
 
 
 # ==== 6. The classroom: skip it on a first reading ==========================================================
@@ -738,7 +743,9 @@ def make_base(a, folder):
     start(run)
     train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and competence(run) >= COMPETENT)
     finish(run)
-    if RANK == 0 and not finished(folder):                      # of several at once, the first one's stays
+    if RANK == 0 and finished(folder):                          # of several at once, the first one's stays
+        shutil.rmtree(hidden)
+    elif RANK == 0:
         os.replace(hidden, folder)
     right = competence(run)                                     # the others wait here
     say(f"{folder}: right on {right:.0%} of sums, sampled, after {run.step} steps")
@@ -835,9 +842,6 @@ def parse(argv):
     a.model = os.path.realpath(a.model) if os.path.isdir(a.model) else a.model
     a.out = a.out or f"out/{a.method}-seed{a.seed}"
     a.dtype = a.dtype or ("bfloat16" if CUDA and a.model else "float32")
-    if a.method not in WEIGHTED:
-        a.beta = 0.0
-        a.rewrite_every = 0
     return a
 
 
@@ -873,6 +877,9 @@ def new_run(a, lm, tokenizer, examples, ends):
     require(a.batch_size % WORLD == 0, f"--batch-size {a.batch_size}: no multiple of {WORLD} processes")
     require(token < len(lm.get_input_embeddings().weight), f"the model has no token {token} of the data")
     a.steps = a.steps or (a.epochs or 1) * (n // a.batch_size)
+    if a.method not in WEIGHTED:
+        a.beta = 0.0
+        a.rewrite_every = 0
     a.data_sha256 = hashlib.sha256(Path(a.data).read_bytes()).hexdigest() if a.data else ""
     saved = read_json(Path(a.out, "args.json"))
     differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
@@ -907,7 +914,8 @@ def main(argv):
     join()
     out, base, rows = Path(a.out), Path(a.out).parent / f"base-seed{a.seed}", None
     goes_on = a.resume and (out / "args.json").exists()
-    require(goes_on or not any(out.glob("*")), f"--out {out} is not empty; --resume goes on with a run in it")
+    is_free = not out.exists() or not any(out.iterdir())
+    require(goes_on or is_free, f"--out {out} is not empty; --resume goes on with a run in it")
     require(not out.name.startswith("base-seed"), f"--out {out}: this is a name for base models")
     if not a.model:
         torch.set_num_threads(THREADS)
