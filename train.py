@@ -481,8 +481,7 @@ def load_model(path, dtype):
                                if "drop" in name and isinstance(value, float)})
         require(not getattr(config, "vision_config", None), "this is for text, not pictures")
         require(not getattr(config, "quantization_config", None), "it is quantized; take full weights")
-        merged = not Path(path, "adapter_config.json").exists()
-        require(merged, "take merged weights, in a folder without adapter_config.json")
+        require(not Path(path, "adapter_config.json").exists(), "adapter_config.json: take merged weights")
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:                                  # libraries have many kinds of their own
