@@ -11,11 +11,11 @@ accuracy of k samples a problem, pass@k the share of problems with one right. ou
 not independent); differences are paired in the same unit. Dimensions: P problems, M = 5 numbers of a problem.
 """
 import argparse
+import importlib
 import logging
 import math
 import os
 import re
-from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
@@ -159,10 +159,7 @@ def is_correct(response, reference):
 def equal(answer, reference):
     """Whether answers are equal, as math-verify understands them: `answer` is text with $LaTeX$ in it. sympy
     computes what they say, for five seconds at most; without limit outside of Unix. Main thread only."""
-    try:
-        import math_verify
-    except ImportError:
-        raise Mistake("math-verify is needed for this: pip install math-verify") from None
+    library = needed("math_verify", "math-verify")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     seconds = 5 if os.name == "posix" else None                # by a signal: in the main thread only
     reference = str(reference)[:500]
@@ -172,8 +169,9 @@ def equal(answer, reference):
     # 4.5e33 would be 4.5 times Euler's e times 33
     answer, reference = (re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)", r" \\cdot 10^{\1}", text)
                          for text in (answer, reference))
-    gold, found = (math_verify.parse(text, parsing_timeout=seconds) for text in (f"${reference}$", answer))
-    if not math_verify.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
+    gold = library.parse(f"${reference}$", parsing_timeout=seconds)
+    found = library.parse(answer, parsing_timeout=seconds)
+    if not library.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
         return False
     try:                                                       # that rounding lets 3.2e-20 pass for 1.6e-20
         return math.isclose(float(found[0]), float(gold[0]), rel_tol=1e-4)
@@ -207,6 +205,14 @@ def last_box(text):
         if depth == 0:
             return content[:mark.start()].strip()
     return content.strip()                                     # it was not closed
+
+
+def needed(module, package):
+    """Import an optional module; without it, say in one line how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise Mistake(f"{package} is needed for this: pip install {package}") from None
 
 
 def grade_file(path):
@@ -298,8 +304,7 @@ def percent(numbers, i, sign=""):
 
 def draw(path, rows):
     """Two panels: w by kind in the last run with a log, each point a mean of ten steps; Average@k."""
-    from matplotlib.figure import Figure
-    picture = Figure(figsize=(9, 4), layout="constrained")
+    picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
     left, right = picture.subplots(1, 2)
     rows = [row for row in rows if row["data"] == rows[0]["data"]]
     names = [row["row"] for row in rows]
@@ -378,7 +383,6 @@ def parse(argv):
     require("{prompt}" in (a.prompt_template or "{prompt}"), "--prompt-template: it has no {prompt}")
     require(len({Path(path).stem for path in a.data}) == len(a.data), "--data: two files of one name")
     require(not a.plot or a.plot.endswith((".png", ".pdf", ".svg")), "--plot: a .png, .pdf or .svg file")
-    require(not a.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
     return a
 
 
@@ -387,7 +391,7 @@ def measure(a):
     if a.grade:
         return compare([grade_file(a.grade)], a.against)
     if a.data:
-        equal("1", "1")                                        # a missing math-verify is told at once
+        needed("math_verify", "math-verify")                   # before anything is sampled
     files = {Path(path).stem: load_problems(path, islice(train.read_jsonl(path), a.limit)) for path in a.data}
     runs = find_runs(a.runs)
     require(a.against in ("dft", *(run["row"] for run in runs)), f"--against {a.against}: no such row")
@@ -419,6 +423,8 @@ def main(argv):
             numbers = gradient_study(run, path, a.limit or 256, a.prompt_template)
             train.say(f"{run['path']} {path}", *(f"  {name:36} {numbers[name]:7.3g}" for name in numbers))
         return
+    if a.plot:
+        needed("matplotlib.figure", "matplotlib")
     rows = measure(a)
     train.say(*table(rows, a.against))
     if a.plot and train.RANK == 0:

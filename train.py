@@ -141,8 +141,7 @@ def train(run, until=lambda run: False):
         run.tracker.update(table["index"], table["c_hat"])
         run.seconds = time.perf_counter() - began
         row = log_row(run, table, time.perf_counter() - step_began)
-        run.logs["log.jsonl"].append(row)
-        write_rows(Path(a.out, "log.jsonl"), [row], "a")
+        record(run, "log.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "nll", "w_mean", "rewritten")})
         bar.update()
         if cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
@@ -263,8 +262,7 @@ def rewrite(run, chunk=64):
             rows[-1]["new"] = response_text(run.tokenizer, prompt, ids)
             run.rewrites[i] = e.response_ids = torch.tensor(ids, dtype=torch.int32)
             run.tracker.forget(i)
-    run.logs["rewrites.jsonl"] += rows
-    write_rows(Path(a.out, "rewrites.jsonl"), rows, "a")
+    record(run, "rewrites.jsonl", rows)
 
 
 # ==== 3. Data ===============================================================================================
@@ -276,9 +274,10 @@ def load_examples(a, tokenizer, rows=None):
     for line, row in tqdm(rows or read_jsonl(a.data), "encoding", unit="row", delay=5, disable=RANK > 0):
         try:
             turns = dialogue(row, a, notes)
-            fields = {name for turn in turns for name in turn if turn[name] not in (None, "", [], {})}
-            notes.update(f"never used: {name} of turns" for name in fields - {"role"}
-                         if tokenizer.chat_template and name not in str(tokenizer.chat_template))
+            if tokenizer.chat_template:
+                fields = set().union(*map(filled, turns)) - {"role"}
+                notes.update(f"never used: {name} of turns" for name in fields
+                             if name not in str(tokenizer.chat_template))
             prompt, response = encode(tokenizer, turns, row.get("tools"))
             if len(examples) < 100 and not changed:
                 changed = check_tokens(tokenizer, turns)
@@ -292,7 +291,8 @@ def load_examples(a, tokenizer, rows=None):
         if len(kept) < len(response):
             notes[f"responses cut at {a.max_length} tokens with their prompt"] += 1
         kind = None if row.get("kind") is None else str(row["kind"])
-        prompt_ids, response_ids = (torch.tensor(ids, dtype=torch.int32) for ids in (prompt, kept))
+        prompt_ids = torch.tensor(prompt, dtype=torch.int32)
+        response_ids = torch.tensor(kept, dtype=torch.int32)
         examples.append(Example(len(examples), line, prompt_ids, response_ids, kind))
     say(*[f"{note} in {n:,} rows" for note, n in notes.items()])
     require(examples, f"{source}: no usable row")
@@ -335,8 +335,13 @@ def dialogue(row, a, notes):
             require(isinstance(row.get(name), str) and row[name],
                     f'field "{name}" is missing, empty or not a string; see --prompt-field')
         turns = [{"role": who, "content": row[name]} for who, name in zip(("user", "assistant"), names)]
-    notes.update(f"never used: {name}" for name in row.keys() - used if row[name] not in (None, "", [], {}))
+    notes.update(f"never used: {name}" for name in filled(row) - used)
     return [*wrap(turns[:-1], a.prompt_template), turns[-1]]
+
+
+def filled(row):
+    """The names of the fields that hold something."""
+    return {name for name, value in row.items() if value not in (None, "", [], {})}
 
 
 def wrap(turns, template):
@@ -348,18 +353,25 @@ def wrap(turns, template):
     return [wrapped if turn is users[-1] else turn for turn in turns]
 
 
+def render(tokenizer, turns, tools=None, ask=True):
+    """The text of turns as the chat template writes them, with a generation prompt if `ask`; without a
+    template the bare text."""
+    if not tokenizer.chat_template:
+        most = 1 if ask else 2
+        require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
+        return "".join(str(turn.get("content")) for turn in turns)
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
+                                             add_generation_prompt=ask)
+    except Exception as error:                                  # templates raise what they like
+        raise Mistake(f"the chat template refuses these turns ({error})") from error
+
+
 def written(tokenizer, turns, tools=None, ask=True):
-    """(text, token ids) of turns as the chat template writes them, with a generation prompt if `ask`; without
-    a template of bare text, with the tokenizer's own bos, if it has one."""
+    """(text, token ids) of turns; bare text gets the tokenizer's own bos, if it has one."""
+    text = render(tokenizer, turns, tools, ask)
     if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
-                                                 add_generation_prompt=ask)
-        except Exception as error:                              # templates raise what they like
-            raise Mistake(f"the chat template refuses these turns ({error})") from error
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-    require(len(turns) <= (1 if ask else 2), f"{len(turns)} turns, but the tokenizer has no chat template")
-    text = "".join(str(turn.get("content")) for turn in turns)
     ids = tokenizer(text)["input_ids"]
     return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -373,7 +385,7 @@ def encode(tokenizer, turns, tools=None):
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
     check_written(turns, asked, whole)
-    require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
+    require(not tools or render(tokenizer, turns[:-1], [*tools, *tools]) != asked,
             "the chat template leaves out the tools")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
@@ -493,13 +505,13 @@ def load_model(path, dtype):
     require(tokenizer.eos_token_id is not None, f"{path}: its tokenizer has no end-of-sequence token")
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
         tensor.data = tensor.data.clone()                       # torch's memory: some processors round so too
-    saved = lm.generation_config
+    settings = lm.generation_config
     lm.generation_config = transformers.GenerationConfig(eos_token_id=stop_ids(lm, tokenizer))
     check_model(lm.to(DEVICE), path)
-    saved.eos_token_id = lm.generation_config.eos_token_id
+    settings.eos_token_id = lm.generation_config.eos_token_id
     try:
-        saved.validate(strict=True)
-        lm.generation_config = saved
+        settings.validate(strict=True)
+        lm.generation_config = settings
     except ValueError:                                          # it could not be saved at the end
         pass
     return lm.train(), tokenizer
@@ -641,6 +653,12 @@ def finish(run):
                          "rewritten": e.index in run.rewrites})
         write_rows(out / "compatibility.jsonl", sorted(rows, key=lambda row: -row["average"]), "w")
         (out / "checkpoint.pt").unlink()
+
+
+def record(run, name, rows):
+    """Add rows to one of the run's logs."""
+    run.logs[name] += rows
+    write_rows(Path(run.args.out, name), rows, "a")
 
 
 def write_rows(path, rows, mode):
@@ -789,6 +807,10 @@ PARSER = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelp
                 epilog=f"Without --model: {CLASSROOM}")
 add = PARSER.add
 switch = argparse.BooleanOptionalAction
+fraction = within(float, 0, 1)
+positive = within(float, 1e-30)
+count = within(int, 1)
+whole = within(int, 0)
 add("--model", "a Hugging Face folder or hub name; with --data", "")
 add("--data", "a JSONL file; with --model", "")
 add("--out", "output folder (out/<method>-seed<seed>)")
@@ -801,29 +823,29 @@ add("--dtype", "else bfloat16 on CUDA with --model", choices=["float32", "bfloat
 add("--gradient-checkpointing", "recompute activations in backward", True, action=switch)
 add("--two-pass", "score, then train: memory of one micro-batch", False, action=switch)
 add("--beta", "w = exp(-beta max(0, c_hat)); 0: all are 1", 1.0, type=within(float, 0, 1e9))
-add("--eps", "added to the standard deviation of the z-score", 1e-6, type=within(float, 1e-30))
+add("--eps", "added to the standard deviation of the z-score", 1e-6, type=positive)
 add("--ema-decay", "of the moving average of c_hat", 0.5, type=within(float, 0, 0.9999))
-add("--rewrite-after", "T_warm: no rewriting before this step", 3000, type=within(int, 0))
-add("--rewrite-every", "K: steps between rounds; 0: no rewriting", 1000, type=within(int, 0))
-add("--rewrite-fraction", "share of the data set that a round may pick", 0.005, type=within(float, 0, 1))
-add("--rewrite-prob", "probability that a picked example is rewritten", 0.5, type=within(float, 0, 1))
+add("--rewrite-after", "T_warm: no rewriting before this step", 3000, type=whole)
+add("--rewrite-every", "K: steps between rounds; 0: no rewriting", 1000, type=whole)
+add("--rewrite-fraction", "share of the data set that a round may pick", 0.005, type=fraction)
+add("--rewrite-prob", "probability that a picked example is rewritten", 0.5, type=fraction)
 add("--rewrite-top-p", "nucleus of a rewrite", 0.9, type=within(float, 1e-3, 1))
 add("--rewrite-temperature", "temperature of a rewrite", 0.7, type=within(float, 1e-3))
-add("--rewrite-max-tokens", "length limit of a rewrite (paper silent)", 2048, type=within(int, 1))
-add("--steps", "optimizer steps; 0: as many as --epochs makes", 0, type=within(int, 0))
-add("--epochs", "instead of --steps: passes over the data (1)", type=within(int, 1))
-add("--batch-size", "|B|: the effective global batch, of all ranks", 256, type=within(int, 1))
-add("--micro-batch-tokens", "padded tokens of one forward", 16384, type=within(int, 1))
+add("--rewrite-max-tokens", "length limit of a rewrite (paper silent)", 2048, type=count)
+add("--steps", "optimizer steps; 0: as many as --epochs makes", 0, type=whole)
+add("--epochs", "instead of --steps: passes over the data (1)", type=count)
+add("--batch-size", "|B|: the effective global batch, of all ranks", 256, type=count)
+add("--micro-batch-tokens", "padded tokens of one forward", 16384, type=count)
 add("--max-length", "of prompt and response; longer ones are cut", 2048, type=within(int, 2))
-add("--lr", "peak learning rate", 5e-5, type=within(float, 1e-30))
-add("--warmup-ratio", "share of the steps that warm up; then a cosine to 0", 0.1, type=within(float, 0, 1))
+add("--lr", "peak learning rate", 5e-5, type=positive)
+add("--warmup-ratio", "share of the steps that warm up; then a cosine to 0", 0.1, type=fraction)
 add("--weight-decay", "of AdamW", 0.01, type=within(float, 0))
-add("--clip", "largest gradient norm", 1.0, type=within(float, 1e-30))
-add("--seed", "decides order, rewrites, and all of the classroom", 0, type=within(int, 0))
-add("--save-every", "steps between checkpoints", 50, type=within(int, 1))
-add("--classroom-size", "demonstrations in the classroom", type=within(int, 1))
+add("--clip", "largest gradient norm", 1.0, type=positive)
+add("--seed", "decides order, rewrites, and all of the classroom", 0, type=whole)
+add("--save-every", "steps between checkpoints", 50, type=count)
+add("--classroom-size", "demonstrations in the classroom", type=count)
 add("--classroom-digits", "digits of the numbers; the base knows 1 to 3", type=within(int, 2, 6))
-add("--incompatible", "share of incompatible demonstrations in the classroom", type=within(float, 0, 1))
+add("--incompatible", "share of incompatible demonstrations in the classroom", type=fraction)
 add("--kinds", "of incompatible demonstrations", nargs="+", choices=KINDS)
 
 
