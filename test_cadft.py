@@ -700,7 +700,7 @@ def test_weights_lie_as_torchs_own_text_splits_as_its_file_says_and_special_toke
     assert loaded("1 + 1")["input_ids"] == tokenizer("1 + 1")["input_ids"]
     assert lm.generation_config.eos_token_id == [2] and "ordinary tokens" in capsys.readouterr().out
     assert lm.generation_config.pad_token_id == 0              # other settings are as they were
-    flags = "--batch-size", "1", "--max-length", "64"
+    flags = "--batch-size", "1", "--max-length", "64", "--out", str(tmp_path / "out")
     a = train.parse(["--model", "m", "--data", jsonl(tmp_path / "data.jsonl", [PLAIN]), *flags])
     examples, ends = train.load_examples(a, characters())
     train.new_run(a, lm, None, examples, ends | {40})
