@@ -331,12 +331,12 @@ def gradient_study(run, path, limit, template=None):
     vars(own).update(data=path, classroom_size=limit, prompt_template=template or run["prompt_template"])
     rows = train.read_jsonl(path) if path else train.classroom_rows(own, split="held back")
     lm, tokenizer = train.load_model(run["path"], torch.float32)
-    train.check_gradients(lm)
+    train.check_training(lm.eval())
     examples, _ = train.load_examples(own, tokenizer, islice(rows, limit))
     c_raw, squared = [], {"sft": [], "dft": []}                                # squared: ||g||^2
     for example in tqdm(examples, "gradients", disable=None):
         batch = train.collate([example])
-        nll, mask = cadft.token_nll(lm.eval(), batch["input_ids"], None, batch["labels"])
+        nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
         c_raw.append(cadft.compatibility(nll, mask).detach())
         for name in squared:
             loss = train.LOSSES[name](nll, mask).sum()

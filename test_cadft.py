@@ -216,10 +216,11 @@ def test_a_step_over_micro_batches_has_the_gradients_and_logs_the_numbers_of_the
     examples = [train.Example(i, i + 1, n, n) for i, n in enumerate(nll)]
     run = train.Run(a, lm, None, examples, keep, None, 1, 1)
     net, order = train.ResponseNLL(lm, False), []
-    net.register_forward_hook(lambda *_: order.append("forward"))
+    net.register_forward_hook(lambda *_: order.append("forward" if torch.is_grad_enabled() else "score"))
     lm.get_input_embeddings().weight.register_hook(lambda _: order.append("backward"))
     row = train.log_row(run, train.train_step(run, net, batches), 1.0)
-    assert order == ["forward"] * 3 + (["forward", "backward"] * 3 if two_pass else ["backward"])
+    twice = ["score"] * 3 + ["forward", "backward"] * 3
+    assert order == (twice if two_pass else ["forward"] * 3 + ["backward"])
     assert_close(tuple(p.grad for p in lm.parameters()), naive, rtol=1e-12, atol=1e-12)
     expected = dict(loss=w * dft, dft=dft, nll=torch.cat(nll), c_mean=c_raw, w_mean=w, w_min=w.min(),
                     c_std=c_raw.std(correction=0), down_weighted=(w < 1).double())
@@ -524,7 +525,7 @@ def test_the_highest_are_picked_and_empty_or_cut_off_ones_keep_the_original(made
 
 
 def test_methods_take_one_path_beta_0_is_dft_and_the_report_is_of_what_was_seen(made, tmp_path, capsys):
-    for name, *flags in ("sft",), ("casft", "--beta", 0), ("cadft", "--beta", 0), ("dft",):
+    for name, *flags in ("sft",), ("focal",), ("casft", "--beta", 0), ("cadft", "--beta", 0), ("dft",):
         capsys.readouterr()
         again(made, tmp_path / name, "--method", name, "--steps", 2, *flags)
     told = re.findall(r"(\d+) seen, on average c_hat +(\S+), w (\S+)", capsys.readouterr().out)
@@ -532,7 +533,8 @@ def test_methods_take_one_path_beta_0_is_dft_and_the_report_is_of_what_was_seen(
     logs = {path.name: log(path) for path in tmp_path.iterdir()}
     assert logs["weighted"][0]["w_min"] < 1 and logs["dft"] == logs["cadft"] and logs["sft"] == logs["casft"]
     first, dft, sft = log(made["one"])[0], logs["dft"][0], logs["sft"][0]
-    assert first["loss"] < dft["loss"] < sft["loss"] and dft["w_min"] == 1 > first["w_min"]
+    assert first["loss"] < dft["loss"] < logs["focal"][0]["loss"] < sft["loss"]
+    assert dft["w_min"] == 1 > first["w_min"] and sft["dft"] == dft["dft"]
     seen, c_hat, w = zip(*[map(float, row) for row in told])
     assert sum(seen) == 2 * 4 and set(w) == {1.0}              # the weights in force, of dft
     assert sum(n * c for n, c in zip(seen, c_hat)) == pytest.approx(0, abs=0.02 * 8)
@@ -707,11 +709,15 @@ def test_weights_lie_as_torchs_own_text_splits_as_its_file_says_and_special_toke
     assert lm.generation_config.eos_token_id == [2, 40] and lm.training and lm.is_activation_checkpointing
 
 
-def test_untrained_weights_are_refused_and_longrope_limits_the_length():
+def test_untrained_weights_and_random_numbers_are_refused_and_longrope_limits_the_length():
     unused = tiny()
     unused.model.unused = torch.nn.Linear(2, 2, bias=False)    # no gradient
     with pytest.raises(train.Mistake, match="nothing would train: .*unused"):
-        train.check_gradients(unused)
+        train.check_training(unused)
+    noisy = tiny("mixtral", router_jitter_noise=0.01)
+    train.check_training(noisy.eval())
+    with pytest.raises(train.Mistake, match="draws random numbers"):
+        train.check_training(noisy.train())
     rope = dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, rope_theta=100.0,
                 original_max_position_embeddings=32, factor=4.0)
     assert train.positions(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32)) == 32
@@ -1110,6 +1116,7 @@ def test_evaluation_end_to_end(evaluated, made, tmp_path, capsys):
     assert evaluate.main([made["model"], *evaluated["flags"], *flags]) == 0
     files = sorted(path.name for path in tmp_path.glob("out/*/*"))
     assert files == ["eval-more.jsonl"] * 2 + ["eval-sums.jsonl"] * 2
+    assert len(log(tmp_path / "out", next(tmp_path.glob("out/*one/eval-sums.jsonl")))) == 2 * 3
     assert "asked in different words" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     hub = evaluated["rows"][0] | {"row": "hub", "runs": [{"path": "hub/model"}]}
@@ -1136,7 +1143,9 @@ def test_prompts_obey_the_template_and_cut_off_is_wrong(flags, template, evaluat
     monkeypatch.setattr(cadft, "nucleus_sample", right)
     argv = [*evaluated["flags"], "--out", str(tmp_path), "--temperature", "0.6", "--top-p", "0.95", *flags]
     row, = evaluate.measure(evaluate.parse(argv))
-    assert {how[:2] for how in drawn} == {(0.95, 0.0), (0.95, 0.6)} and len(set(drawn)) == len(drawn)
+    assert {how[:2] for how in drawn} == {(0.95, 0.0), (0.95, 0.6)}
+    evaluate.measure(evaluate.parse([*argv, "--seed", "1"]))   # draws anew
+    assert len(set(drawn)) == len(drawn)
     assert seen == {template.format(f"{i}+{'1' * i}") for i in range(1, 5)}
     assert [number(row, name)[0] for name in evaluate.NUMBERS[:4]] == [0.5] * 4
 
@@ -1148,6 +1157,8 @@ def test_a_missing_package_is_told_before_anything_is_sampled(evaluated, refused
     refused(["pip install math-verify"], *evaluated["flags"], program=evaluate)
     refused(["pip install math-verify"], "--grade", evaluated["file"], program=evaluate)
     refused(["pip install matplotlib"], evaluated["flags"][0], "--plot", tmp_path / "x.png", program=evaluate)
+    refused(["--against x: no such row"], evaluated["flags"][0], "--against", "x", program=evaluate)
+    refused(["two files of one name"], *evaluated["flags"][:3], evaluated["data"], program=evaluate)
     refused(["--plot: a .png"], evaluated["flags"][0], "--plot", tmp_path / "x.doc", program=evaluate)
 
 

@@ -131,7 +131,6 @@ def train(run, until=lambda run: False):
     while run.step < a.steps and not done:
         run.step += 1
         step_began = time.perf_counter()
-        torch.manual_seed(seed_for(a.seed, run.step))           # should the model draw anything (a router)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, a)
         table = train_step(run, net, [collate(rows) for rows in share(run, RANK, WORLD)])
@@ -534,14 +533,16 @@ def check_model(lm, path):
     require(padding.abs().max() <= near, f"{path}: it ignores its attention mask: padding counts")
 
 
-def check_gradients(lm):
-    """Mistake where a weight gets no gradient: it is frozen, or not used."""
-    ids = torch.zeros(1, 8, dtype=torch.long, device=DEVICE)
-    loss = cadft.token_nll(lm, ids, None, ids)[0].sum()
-    loss.backward()
+def check_training(lm):
+    """Mistake where a weight gets no gradient (frozen, or not used), or the model draws random numbers."""
+    ids = torch.arange(1, 9, device=DEVICE)[None] % len(lm.get_input_embeddings().weight)      # [1, 8]
+    nll, again = (cadft.token_nll(lm, ids, None, ids)[0] for _ in range(2))
+    nll.sum().backward()
     bad = [name for name, p in lm.named_parameters() if p.grad is None]
     lm.zero_grad()
     require(not bad, f"weights that nothing would train: {bad[:3]}")
+    require(torch.allclose(nll, again), "in training the model draws random numbers, which would depend on "
+            "micro-batches; set what asks for them (a router's noise?) to 0 in its config.json")
 
 
 def stop_ids(lm, tokenizer):
@@ -906,7 +907,7 @@ def new_run(a, lm, tokenizer, examples, ends):
     differ = [f"--{name.replace('_', '-')} (was {saved.get(name)}, is {value})"
               for name, value in vars(a).items() if name not in MAY_DIFFER and saved.get(name) != value]
     require(not saved or not differ, f"{a.out} holds another run; it differs in {', '.join(differ)}")
-    check_gradients(lm)
+    check_training(lm)
     lm.generation_config.eos_token_id = sorted({*lm.generation_config.eos_token_id, *ends})
     if a.gradient_checkpointing:
         require(lm.supports_gradient_checkpointing, "this model needs --no-gradient-checkpointing")
