@@ -423,7 +423,8 @@ def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture
     masks that are no weights, and settings that couldn't be saved."""
     chat = {"default": CHAT, "tool_use": CHAT} if architecture in ("llama", "gpt2") else None
     start, out = tiny(architecture).bfloat16(), tmp_path / "out"
-    masks = {f"h.0.attn.{name}bias": torch.ones(1) for name in ("masked_", "attention.")}
+    names = "bias", "masked_bias", "attention.bias", "causal_mask"
+    masks = {f"h.0.attn.{name}": torch.ones(1) for name in names}
     model = folder(tmp_path / "model", start, characters(chat), state_dict=start.state_dict() | masks)
     settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None], "stop_strings": ["a"]}
     Path(model, "generation_config.json").write_text(json.dumps(settings))

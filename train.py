@@ -497,9 +497,9 @@ def load_model(path, dtype):
             path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    masks = "masked_bias", "attn.attention.bias"                # constants in old GPT-2 and GPT-Neo files
-    wrong = [name for name in wrong if not name.endswith(masks)]
+    masks = "masked_bias", "attn.bias", "attn.attention.bias", "causal_mask"        # constants in old files
+    unknown = {name for name in info["unexpected_keys"] if not name.endswith(masks)}
+    wrong = sorted({*info["missing_keys"], *unknown})
     require(not wrong, f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
     require(tokenizer.eos_token_id is not None, f"{path}: its tokenizer has no end-of-sequence token")
     for tensor in (*lm.parameters(), *lm.buffers()):            # a mapped file is aligned otherwise than
