@@ -764,12 +764,6 @@ def test_a_failing_save_and_resuming_ones_own_run_only(made, refused, tmp_path, 
                           (("--data-sha256",), "--data", jsonl(tmp_path / "data.jsonl", rows(seed=1)))):
         for place in out, made["one"]:                         # half done and finished
             refused(words, *made["flags"], "--out", place, "--resume", *flags)
-    for path in checkpoint, out / "args.json":
-        whole = path.read_bytes()
-        for rest in whole[:len(whole) // 2], b"":
-            path.write_bytes(rest)
-            refused([str(path)], *made["flags"], "--out", out, "--resume")
-        path.write_bytes(whole)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "finish", killed)
         again(made, out, "--resume", "--data", jsonl(tmp_path / "same.jsonl", rows()))     # moved

@@ -17,10 +17,10 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from collections import ChainMap, Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -40,10 +40,9 @@ WEIGHTED = {"casft", "cadft"}                                   # methods that w
 MAY_DIFFER = {"out", "data", "resume", "save_every", "micro_batch_tokens", "two_pass",
               "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
-TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
+RANK = int(os.environ.get("RANK", 0))                           # these three are set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
 
@@ -127,8 +126,7 @@ def train(run, until=lambda run: False):
             net, [DEVICE] if CUDA else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
     bar = tqdm(total=a.steps, initial=run.step, desc=Path(a.out).name, unit="step", disable=RANK > 0 or None)
     began = time.perf_counter() - run.seconds
-    done = False
-    while run.step < a.steps and not done:
+    while run.step < a.steps and not until(run):
         run.step += 1
         step_began = time.perf_counter()
         for group in run.optimizer.param_groups:
@@ -145,10 +143,10 @@ def train(run, until=lambda run: False):
         bar.update()
         if cadft.rewriting_due(run.step, a.rewrite_after, a.rewrite_every):
             rewrite(run)
-        done = until(run)
-        if done or run.step == a.steps or run.step % a.save_every == 0:
+        if run.step % a.save_every == 0 and run.step < a.steps:
             save(run)
     bar.close()
+    save(run)
 
 
 class ResponseNLL(torch.nn.Module):
@@ -269,7 +267,7 @@ def rewrite(run, chunk=64):
 def load_examples(a, tokenizer, rows=None):
     """(examples, ids that end their responses) of the file a.data, or of rows (line, object)."""
     source = a.data or "the classroom"
-    examples, ends, notes, changed = [], set(), Counter(), False
+    examples, ends, notes, changed = [], set(), Counter(), None
     for line, row in tqdm(rows or read_jsonl(a.data), "encoding", unit="row", delay=5, disable=RANK > 0):
         try:
             turns = dialogue(row, a, notes)
@@ -278,8 +276,8 @@ def load_examples(a, tokenizer, rows=None):
                 notes.update(f"never used: {name} of turns" for name in fields
                              if name not in str(tokenizer.chat_template))
             prompt, response = encode(tokenizer, turns, row.get("tools"))
-            if len(examples) < 100 and not changed:
-                changed = check_tokens(tokenizer, turns)
+            if len(examples) < 100:
+                changed = changed or check_tokens(tokenizer, turns)
         except Mistake as mistake:
             raise Mistake(f"{source}, line {line}: {mistake}") from mistake
         ends.add(response[-1])
@@ -293,21 +291,20 @@ def load_examples(a, tokenizer, rows=None):
         prompt_ids = torch.tensor(prompt, dtype=torch.int32)
         response_ids = torch.tensor(kept, dtype=torch.int32)
         examples.append(Example(len(examples), line, prompt_ids, response_ids, kind))
-    say(*[f"{note} in {n:,} rows" for note, n in notes.items()])
+    say(*[changed] if changed else [], *[f"{note} in {n:,} rows" for note, n in notes.items()])
     require(examples, f"{source}: no usable row")
     return examples, ends
 
 
 def read_jsonl(path):
     """Yield (line number, object) for each line that is not blank."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.strip()
-            if not line:
+            if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()    # fails for what is no UTF-8
+                json.dumps(row, ensure_ascii=False).encode()    # fails for half a character, "\\ud800"
             except (ValueError, RecursionError) as error:
                 raise Mistake(f"{path}, line {number}: not valid JSON in UTF-8, one object a line ({error})")
             require(isinstance(row, dict), f"{path}, line {number}: no object, not {type(row).__name__}")
@@ -352,25 +349,19 @@ def wrap(turns, template):
     return [wrapped if turn is users[-1] else turn for turn in turns]
 
 
-def render(tokenizer, turns, tools=None, ask=True):
-    """The text of turns as the chat template writes them, with a generation prompt if `ask`; without a
-    template the bare text."""
-    if not tokenizer.chat_template:
-        most = 1 if ask else 2
-        require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
-        return "".join(str(turn.get("content")) for turn in turns)
-    try:
-        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
-                                             add_generation_prompt=ask)
-    except Exception as error:                                  # templates raise what they like
-        raise Mistake(f"the chat template refuses these turns ({error})") from error
-
-
 def written(tokenizer, turns, tools=None, ask=True):
-    """(text, token ids) of turns; bare text gets the tokenizer's own bos, if it has one."""
-    text = render(tokenizer, turns, tools, ask)
+    """(text, token ids) of turns as the chat template writes them, with a generation prompt if `ask`; without
+    a template of their bare text, with the tokenizer's own bos, if it has one."""
     if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
+                                                 add_generation_prompt=ask)
+        except Exception as error:                              # templates raise what they like
+            raise Mistake(f"the chat template refuses these turns ({error})") from error
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    most = 1 if ask else 2
+    require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
+    text = "".join(str(turn.get("content")) for turn in turns)
     ids = tokenizer(text)["input_ids"]
     return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -384,18 +375,21 @@ def encode(tokenizer, turns, tools=None):
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
     check_written(turns, asked, whole)
-    require(not tools or render(tokenizer, turns[:-1], [*tools, *tools]) != asked,
+    require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
             "the chat template leaves out the tools")
+    ends = special_ids(tokenizer) if tokenizer.chat_template else set()        # nothing closes bare text
+    rest = whole[len(asked):]
+    behind = rest.partition(said(turns[-1])[0].strip())[2]      # what stands behind the words
+    words = [i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i not in ends]
+    require(not tokenizer.decode(words).strip() or not asked.endswith(behind), "the chat template opens a "
+            f"turn behind the response, {behind!r}: let it do so only if add_generation_prompt is true")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
-        response = tokenizer(whole[len(asked):], add_special_tokens=False)["input_ids"]
-    ends = special_ids(tokenizer) if tokenizer.chat_template else set()        # nothing closes bare text
-    check_nothing_follows(tokenizer, prompt, response, ends)
-    closed = list(response)
-    while closed and closed[-1] not in ends and not tokenizer.decode(closed[-1]).strip():
-        closed.pop()                                            # white space behind the token that closes it
-    if not closed or closed[-1] not in ends:
-        closed = [*response, tokenizer.eos_token_id]
+        response = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    last = max((n for n, token in enumerate(response, 1) if token in ends), default=0)
+    closed = response[:last]                                    # without the newline that may follow
+    if not closed or tokenizer.decode(response[last:]).strip():
+        closed = [*response, tokenizer.eos_token_id]            # nothing closes it
     require(prompt and len(closed) > 1, "no token in the prompt or the response: is it the model's own?")
     return prompt, closed
 
@@ -413,17 +407,6 @@ def check_written(turns, asked, whole):
             forms = ["".join(form.split()) for form in (text, escaped)]
             require(any(after.count(form) > before.count(form) if last else form in before for form in forms),
                     f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
-
-
-def check_nothing_follows(tokenizer, prompt, response, ends):
-    """Mistake where the response's last tokens, behind one that ends turns, are what the prompt ends with."""
-    alike = len(os.path.commonprefix([prompt[::-1], response[::-1]]))
-    tail = response[-alike - 1:]                                # and the token before
-    while tail and tail[0] not in ends:
-        tail = tail[1:]
-    words = tokenizer.decode(tail[1:], skip_special_tokens=True).strip()
-    require(not words, f"the chat template opens a turn behind the response, {words!r}: let it do so only if "
-            "add_generation_prompt is true")
 
 
 def special_ids(tokenizer):
@@ -451,7 +434,7 @@ def said(turn, reasoning=True):
 
 
 def check_tokens(tokenizer, turns):
-    """Say where tokens are not the text, and return whether. Mistake where all space or letters go."""
+    """A line about the first text that its tokens change, if any. Mistake where all space or letters go."""
     for text in [text for turn in turns for text in said(turn)]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -460,9 +443,8 @@ def check_tokens(tokenizer, turns):
         spaces = len(text.split()) > 1 and len(back.split()) < 2
         require(not letters and not spaces, f"letters or spaces are lost: {change}")
         if back.strip() != text.strip():
-            say(f"not quite the text: {change}")
-            return True
-    return False
+            return f"not quite the text: {change}"
+    return None
 
 
 def response_text(tokenizer, prompt_ids, response_ids):
@@ -523,12 +505,11 @@ def check_model(lm, path):
     require(not bad, f"{path}: weights that are not finite: {bad[:3]}")
     ids = torch.arange(1, 9, device=DEVICE)[None] % len(lm.get_input_embeddings().weight)      # [1, 8]
     pad = torch.nn.functional.pad
-    other = pad(ids[:, :-1], (0, 1))                            # ends otherwise
-    own, others = lm(input_ids=ids).logits, lm(input_ids=other).logits                         # [1, 8, V]
+    own, shorter = lm(input_ids=ids).logits, lm(input_ids=ids[:, :-1]).logits       # [1, 8, V], [1, 7, V]
     padded = lm.generate(pad(ids, (2, 0), value=3), attention_mask=pad(torch.ones_like(ids), (2, 0)),
                          max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0]
     near = max(torch.finfo(own.dtype).eps, 1e-7) ** 0.5 * own.abs().max()           # parts may be float32
-    later, padding = (own - others)[:, :-1], own[:, -1] - padded
+    later, padding = own[:, :-1] - shorter, own[:, -1] - padded
     require(later.abs().max() <= near, f"{path}: not causal: its logits depend on later tokens")
     require(padding.abs().max() <= near, f"{path}: it ignores its attention mask: padding counts")
 
@@ -548,16 +529,14 @@ def check_training(lm):
 def stop_ids(lm, tokenizer):
     """All ids that end a response: end-of-sequence, what closes a chat's turn, and the model's own."""
     own = lm.generation_config.eos_token_id
-    own = {i for i in (own if isinstance(own, list) else [own]) if isinstance(i, int)}     # some hold null
-    words = own - special_ids(tokenizer)
+    own = {*own} if isinstance(own, list) else {own}
+    words = own - special_ids(tokenizer) - {None}
     if words:
         say(f"ordinary tokens, so no end of a response: {tokenizer.convert_ids_to_tokens(sorted(words))}")
-    stops = own - words | {tokenizer.eos_token_id}
+    stops = own & special_ids(tokenizer) | {tokenizer.eos_token_id}
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
-    try:
+    with suppress(Mistake):                                     # some templates want other turns
         stops.add(encode(tokenizer, turns)[1][-1])
-    except Mistake:                                             # this template wants other turns
-        pass
     return sorted(stops)
 
 
@@ -565,8 +544,9 @@ def positions(lm):
     """How many tokens the model takes; with LongRoPE, how many until its factors depend on the batch."""
     config = lm.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    return short or getattr(config, "max_position_embeddings", None) or 10 ** 12
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or 10 ** 12
 
 
 def seed_for(*parts):
@@ -577,9 +557,8 @@ def seed_for(*parts):
 def join():
     """Join torchrun's processes, if it started us: nccl on CUDA, else gloo."""
     if CUDA:
-        require(LOCAL_RANK < torch.cuda.device_count(), "more processes than GPUs: lower --nproc-per-node")
         torch.cuda.set_device(DEVICE)
-    if TORCHRUN and not dist.is_initialized():
+    if WORLD > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
         store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -613,10 +592,7 @@ def start(run):
     start, so memory lies as if never interrupted; the logs become what the checkpoint says."""
     path = Path(run.args.out, "checkpoint.pt")
     if path.exists():
-        try:
-            state = torch.load(path, map_location="cpu")
-        except Exception as error:
-            raise Mistake(f"{path}: damaged; restore it, or name another --out ({error})") from error
+        state = torch.load(path, map_location="cpu")
         for name in "lm", "optimizer", "tracker":
             getattr(run, name).load_state_dict(state.pop(name))
         vars(run).update(state)
@@ -671,11 +647,8 @@ def write_rows(path, rows, mode):
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is none."""
-    try:
-        return dict(json.loads(Path(path).read_text("utf-8-sig"))) if Path(path).exists() else {}
-    except (ValueError, TypeError) as error:
-        raise Mistake(f"{path}: damaged; restore or remove it ({error})") from error
+    """What a JSON file holds; {} where there is none."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 # ==== 6. The classroom: skip it on a first reading ==========================================================
@@ -761,9 +734,7 @@ def make_base(a, folder):
     start(run)
     train(run, until=lambda run: run.step >= 150 and run.step % 25 == 0 and competence(run) >= COMPETENT)
     finish(run)
-    if RANK == 0 and finished(folder):                          # of several at once, the first one's stays
-        shutil.rmtree(hidden)
-    elif RANK == 0:
+    if RANK == 0 and not finished(folder):                      # of several at once, the first one's stays
         os.replace(hidden, folder)
     right = competence(run)                                     # the others wait here
     say(f"{folder}: right on {right:.0%} of sums, sampled, after {run.step} steps")
@@ -789,14 +760,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, help=f"{help} ({default})" if default else help, default=default, **how)
 
     def error(self, message):
-        """What argparse calls for a mistake, instead of its own exit."""
         raise Mistake(f"{message}; see --help")
 
 
 def within(kind, low, high=math.inf):
     """A `type=` for argparse: an int or a float from low to high."""
     def read(text):
-        """What argparse calls."""
         if not low <= kind(text) <= high:                       # nan is not
             raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, got {text}")
         return kind(text)
@@ -870,7 +839,6 @@ def parse(argv):
 def program(body):
     """body(argv) as a main function that returns the exit code: 0, or 2 after one line about a mistake."""
     def main(argv=None):
-        """The program on these arguments, or on the command line's."""
         threads = torch.get_num_threads()
         try:
             body(argv)
