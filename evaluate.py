@@ -148,11 +148,11 @@ def grade(row):
 
 def is_correct(response, reference):
     """Whether the answer that a response ends with equals the reference; of "18 dollars a day" 18 counts."""
-    text = re.sub(r"\\[()]", "$", str(response).split("</think>")[-1].strip())
+    text = re.sub(r"(?<!\\)\\[][()]", "$", str(response).split("</think>")[-1].strip())
     answer = extract_answer(text)
     if answer == text and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
         return equal(text[-500:], reference)
-    number = re.match(r"(?:[a-zA-Z']{2,} +)*\\?\$?([-+]?[\d.,/]*\d)[%$]?( +\(?[a-zA-Z']{2,}|$)", answer)
+    number = re.match(r"(?:[a-zA-Z']{2,} +)*\\?\$?([-+]?[\d.,/]*\d)\\?[%$]?( +\(?[a-zA-Z']{2,}|$)", answer)
     return equal(f"${answer[-500:]}$", reference) or number is not None and equal(number[1], reference)
 
 
@@ -184,9 +184,9 @@ def extract_answer(text):
     box = last_box(text)
     if box is not None:
         return box
-    line = re.search(r"####\s*((?![a-zA-Z]{2,}|\d+[.):] )\S.*)", text)     # not a heading
+    line = re.search(r"####[\s*_]*((?![a-zA-Z]{2,}|\(?\w+[.):] )[^\s*_].*)", text)    # not a heading
     if line:
-        return line[1].strip()                                 # the first: small models run on
+        return line[1].strip("*_ ")                            # the first: small models run on
     said = re.split(r"(?i)\banswers?[\s*_}]*(?:is|are|:|=)[\s:*_$}]*", text)[1:]
     sentence = re.split(r"\.(?=\s|$)|\n", said[-1])[0].strip("*_ ") if said else ""
     return sentence or text

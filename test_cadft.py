@@ -426,7 +426,7 @@ def test_it_trains_every_architecture_and_leaves_an_ordinary_folder(architecture
     names = "bias", "masked_bias", "attention.bias", "causal_mask"
     masks = {f"h.0.attn.{name}": torch.ones(1) for name in names}
     model = folder(tmp_path / "model", start, characters(chat), state_dict=start.state_dict() | masks)
-    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None], "stop_strings": ["a"]}
+    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, None, -1], "stop_strings": ["a"]}
     Path(model, "generation_config.json").write_text(json.dumps(settings))
     flags = ["--model", model, "--data", jsonl(tmp_path / "data.jsonl", rows()), "--lr", 1e-2, "--steps", 24]
     again({"flags": flags}, out, "--dtype", "bfloat16" if chat else "float32")
@@ -613,7 +613,8 @@ SHAPES = {     # name: template, what the last turn has besides or instead, what
                 .replace("assistant\n{%", "assistant{%"), {}, "<|channel|>final\n4 <3<|im_end|>"),
     "two closing marks": (BODY.replace("<|im_end|>", "<|done|>\n<|im_end|>"), {}, "4 <3<|done|>\n<|im_end|>"),
     "newline behind the header": (BODY.replace("assistant\n{%", "assistant{%"), {}, "\n4 <3<|im_end|>"),
-    "no generation prompt": (BODY.split("{% if")[0], {}, "<|im_start|>assistant\n4 <3<|im_end|>"),
+    "no generation prompt": (BODY.replace("<|im_end|>", "<|done|><|im_end|>").split("{% if")[0], {},
+                             "<|im_start|>assistant\n4 <3<|done|><|im_end|>"),
     "reasoning": (THINK + "{% if add_generation_prompt %}<think>\n{% endif %}",
                   {"reasoning_content": "3+1"}, "3+1\n</think>\n\n4 <3<|im_end|>"),
     "tool calls": (CALLS, {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
@@ -657,6 +658,7 @@ def test_prompt_and_response_are_what_the_template_writes_and_its_end_becomes_a_
     (CALLS.replace("c.function |", "c.function.name |"),
      {"tool_calls": [{"function": {"name": "add", "arguments": {"n": "seven"}}}]}, ("leaves", "seven")),
     (BODY.split("{% if")[0] + "<|im_start|>assistant\n", {}, ("opens a turn", "add_generation_prompt")),
+    (BODY.replace("{{ m.role }}\n", "").split("{% if")[0] + "<|im_start|>", {}, ("opens a turn", "<|im_st")),
     (BODY.replace("{% for m in", "{% for m in messages[1:] if m in"), {}, ("leaves out", "user")),
     ("1+\n3? add" + BODY, {"content": "", "tool_calls": [{"function": {"name": "add"}}]}, ("leaves", "add")),
     (None, {"content": None, "reasoning_content": "4"}, ("leaves out",)),
@@ -674,6 +676,7 @@ def test_what_the_template_leaves_out_or_asks_otherwise_is_a_mistake(chat, given
 
 
 def test_tokens_that_are_not_the_text_are_told_and_lost_spaces_or_letters_refused(tmp_path, capsys):
+    import tokenizers
     from tokenizers import decoders, normalizers
     def changed(old, new, decoder=None):
         tokenizer = characters()
@@ -689,6 +692,12 @@ def test_tokens_that_are_not_the_text_are_told_and_lost_spaces_or_letters_refuse
             load(tmp_path, [PLAIN | {"prompt": text}], tokenizer=tokenizer)
     load(tmp_path, [PLAIN | {"prompt": " a b"}], tokenizer=drops)
     assert "text" not in capsys.readouterr().out
+    pieces = ["<unk>", "<eos>", "|", "\n", "x", "a", "|x", "|a"]       # as Llama 2's: "x a" is |x |a
+    bpe = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [("|", "x"), ("|", "a")])
+    inner = tokenizers.Tokenizer(bpe)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("|", "always")
+    spaced = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    assert train.encode(spaced, [ASKED | {"content": "x "}, GIVEN | {"content": "a"}]) == ([6, 2], [5, 1])
     load(tmp_path, [PLAIN | {"prompt": "1\u4e2d"}] * 2)
     assert capsys.readouterr().out.count("not quite the text: '1\u4e2d' becomes '1'") == 1
 

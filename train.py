@@ -377,15 +377,20 @@ def encode(tokenizer, turns, tools=None):
     check_written(turns, asked, whole)
     require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
             "the chat template leaves out the tools")
-    ends = special_ids(tokenizer) if tokenizer.chat_template else set()        # nothing closes bare text
     rest = whole[len(asked):]
-    behind = rest.partition(said(turns[-1])[0].strip())[2]      # what stands behind the words
-    words = [i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i not in ends]
-    require(not tokenizer.decode(words).strip() or not asked.endswith(behind), "the chat template opens a "
-            f"turn behind the response, {behind!r}: let it do so only if add_generation_prompt is true")
+    header, _, behind = rest.partition(said(turns[-1])[0].strip())
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    marks = [i for i in tokens if tokenizer.decode(i).strip()]  # the first one closes the response
+    opened = "".join(tokenizer.decode(marks[1:]).split())
+    require(not opened or header.strip() or not "".join(asked.split()).endswith(opened), "the chat template "
+            f"opens a turn behind the response, {opened!r}: only if add_generation_prompt is true should it")
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
-        response = tokenizer(rest, add_special_tokens=False)["input_ids"]
+        alone, line, both = (tokenizer(text, add_special_tokens=False)["input_ids"]
+                             for text in (rest, "\n", "\n" + rest))
+        # some tokenizers put a space before a text, but none behind a newline
+        response = both[len(line):] if both[:len(line)] == line else alone
+    ends = special_ids(tokenizer) if tokenizer.chat_template else set()        # nothing closes bare text
     last = max((n for n, token in enumerate(response, 1) if token in ends), default=0)
     closed = response[:last]                                    # without the newline that may follow
     if not closed or tokenizer.decode(response[last:]).strip():
@@ -460,7 +465,7 @@ def load_model(path, dtype):
     """(model in training mode, tokenizer) of a folder or a hub name. What stops sampling is listed in the
     model's generation_config.eos_token_id."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, mistral_format=False)
         file = transformers.utils.cached_file(path, "tokenizer.json",
                                               _raise_exceptions_for_missing_entries=False)
         rust = getattr(tokenizer, "backend_tokenizer", None)
@@ -530,7 +535,7 @@ def stop_ids(lm, tokenizer):
     """All ids that end a response: end-of-sequence, what closes a chat's turn, and the model's own."""
     own = lm.generation_config.eos_token_id
     own = {*own} if isinstance(own, list) else {own}
-    words = own - special_ids(tokenizer) - {None}
+    words = own - special_ids(tokenizer) - {None, -1}          # some hold these for none
     if words:
         say(f"ordinary tokens, so no end of a response: {tokenizer.convert_ids_to_tokens(sorted(words))}")
     stops = own & special_ids(tokenizer) | {tokenizer.eos_token_id}
@@ -546,7 +551,7 @@ def positions(lm):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return getattr(config, "max_position_embeddings", None) or 10 ** 12
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", 10 ** 12)
 
 
 def seed_for(*parts):
