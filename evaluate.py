@@ -35,30 +35,29 @@ NUMBERS = ["greedy", "average", "any", "cut off", "tokens"]    # M: what is know
 
 # ==== Runs, problems, samples ===============================================================================
 
-def find_runs(paths):
-    """The runs named, or all finished ones under out/: dicts of path, row, seed and args."""
+def find_runs(paths, template=None):
+    """The runs named, or all finished ones under out/: dicts of path, row, seed, args and prompt_template.
+    Says where runs of one row are no seeds of one experiment, by data or folder above all."""
     paths = paths or [path for path in sorted(Path("out").glob("[!.]*")) if train.finished(path)]
     require(paths, "out/ holds no finished run: python train.py makes one; or name a folder")
-    runs = []
+    runs, rows = [], {}
     for path in {Path(path).resolve(): Path(path) for path in paths}.values():     # a link is no other run
         on_hub = not path.exists() and len(path.parts) <= 2 and path.parts[0] != "out"
         require(on_hub or train.finished(path), f"{path}: no finished model there; see train.py --resume")
         name = path.as_posix() if on_hub else path.resolve().name
         row, seed = re.fullmatch("(.+?)(?:-seed([0-9]+))?", name).groups()
         args = train.read_json(path / "args.json")
+        rows.setdefault(row, []).append(args | {"folder": path.parent})
         runs.append({"path": path.as_posix(), "row": row, "seed": seed and int(seed), "args": args,
-                     "prompt_template": args.get("prompt_template") or "{prompt}"})
-    return runs
-
-
-def differing_runs(runs):
-    """Yield a line for each row whose runs differ in more than the seed, in data or folder above all."""
-    for row in dict.fromkeys(run["row"] for run in runs):
-        args = [run["args"] | {"folder": Path(run["path"]).parent} for run in runs if run["row"] == row]
-        names = set().union(*args) - {*train.MAY_DIFFER, "seed"}
-        differ = [name for name in sorted(names) if any(one.get(name) != args[0].get(name) for one in args)]
+                     "prompt_template": template or args.get("prompt_template") or "{prompt}"})
+    for row, (first, *others) in rows.items():
+        names = set().union(first, *others) - {*train.MAY_DIFFER, "seed"}
+        differ = [name for name in sorted(names) if any(first.get(name) != one.get(name) for one in others)]
         if differ:
-            yield f"row {row}: not seeds of one experiment, they differ in {', '.join(differ)}"
+            train.say(f"row {row}: not seeds of one experiment, they differ in {', '.join(differ)}")
+    if len({run["prompt_template"] for run in runs}) > 1:
+        train.say("these runs are asked in different words: give all of them one --prompt-template")
+    return runs
 
 
 def classroom(run, limit):
@@ -76,14 +75,14 @@ def load_problems(name, rows):
         unused |= row.keys() - USED
         where = f"{name}, line {line}"
         turns = row.get("messages") or [{"role": "user", "content": row.get("question", row.get("problem"))}]
-        try:
-            asked = [i for i, turn in enumerate(turns) if turn["role"] == "user" and turn["content"].strip()]
-            turns = turns[:asked[-1] + 1]
-        except (TypeError, KeyError, IndexError, AttributeError):
-            raise Mistake(f'{where}: needs text in "question" or "problem", or a user turn in "messages"')
-        told = {"question": turns[-1]["content"], "reference": reference_of(row, where),
+        users = [i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "user"]
+        question = turns[users[-1]].get("content") if users else None
+        require(isinstance(question, str) and question.strip(),
+                f'{where}: needs text in "question" or "problem", or a user turn in "messages"')
+        told = {"question": question, "reference": reference_of(row, where),
                 "grader": row.get("grader", "math")}
-        problems.append({"where": where, "turns": turns, "tools": row.get("tools"), "row": told})
+        problems.append({"where": where, "turns": turns[:users[-1] + 1], "tools": row.get("tools"),
+                         "row": told})
     require(problems, f"{name}: there is no problem in it")
     if unused:
         train.say(f"{name}, never used: {', '.join(sorted(unused))}")
@@ -106,7 +105,7 @@ def sample_answers(lm, tokenizer, run, problems, a):
     """Rows of eval-NAME.jsonl, on every rank: a greedy answer and a.samples samples a problem, graded."""
     positions, prompts = train.positions(lm), []
     for problem in problems:
-        turns = train.wrap(problem["turns"], a.prompt_template or run["prompt_template"])
+        turns = train.wrap(problem["turns"], run["prompt_template"])
         try:
             _, ids = train.written(tokenizer, turns, problem["tools"])
         except Mistake as mistake:
@@ -118,9 +117,9 @@ def sample_answers(lm, tokenizer, run, problems, a):
     for samples in ["greedy"], range(a.samples):
         pairs = list(product(order, samples))
         batches += [pairs[at:at + a.batch_size] for at in range(0, len(pairs), a.batch_size)]
-    rank, world = train.RANK, train.WORLD
     stops, rows = lm.generation_config.eos_token_id, []
-    for number in tqdm(range(rank, len(batches), world), run["row"], unit="batch", disable=rank > 0 or None):
+    mine = range(train.RANK, len(batches), train.WORLD)
+    for number in tqdm(mine, run["row"], unit="batch", disable=train.RANK > 0 or None):
         asked = [prompts[i] for i, _ in batches[number]]
         temperature = 0.0 if batches[number][0][1] == "greedy" else a.temperature
         limit = min(a.max_tokens, positions - max(map(len, asked)))
@@ -162,13 +161,12 @@ def equal(answer, reference):
     library = needed("math_verify", "math-verify")
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     seconds = 5 if os.name == "posix" else None                # by a signal: in the main thread only
-    reference = str(reference)[:500]
+    # 4.5e33 would be 4.5 times Euler's e times 33
+    answer, reference = (re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)", r" \\cdot 10^{\1}", text)
+                         for text in (answer, str(reference)[:500]))
     spelt, wanted = (re.sub(r"[\s$]", "", text) for text in (answer, reference))
     if spelt == wanted or not spelt or not wanted:
         return bool(spelt and wanted)
-    # 4.5e33 would be 4.5 times Euler's e times 33
-    answer, reference = (re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)", r" \\cdot 10^{\1}", text)
-                         for text in (answer, reference))
     gold = library.parse(f"${reference}$", parsing_timeout=seconds)
     found = library.parse(answer, parsing_timeout=seconds)
     if not library.verify(gold, found, float_rounding=4, timeout_seconds=seconds):
@@ -263,12 +261,13 @@ def estimate(each):
 
 def compare(results, against):
     """The table's rows: for each set of problems and name, estimates, also of the difference to `against`."""
+    groups = {}                                                # (data, row) -> results
+    for one in results:
+        groups.setdefault((one["data"], one["row"]), []).append(one)
+    names = [*ORDER, *(name for _, name in groups)]
     rows = []
-    order = [*ORDER, *(one["row"] for one in results)]
-    results = sorted(results, key=lambda one: (one["data"], order.index(one["row"])))
-    for data, name in dict.fromkeys((one["data"], one["row"]) for one in results):
-        ours = [one for one in results if (one["data"], one["row"]) == (data, name)]
-        theirs = [one for one in results if (one["data"], one["row"]) == (data, against)]
+    for data, name in sorted(groups, key=lambda group: (group[0], names.index(group[1]))):
+        ours, theirs = groups[data, name], groups.get((data, against), [])
         pairs = []
         for one, other in product(ours, theirs if name != against else []):
             if one["seed"] == other["seed"] or None in (one["seed"], other["seed"]):   # a hub model has none
@@ -286,20 +285,19 @@ def table(rows, against):
     for row in rows:
         runs, values, difference = row["runs"], row["values"], row["difference"]
         lines.append([f"{len(runs[0]['each'])} {row['data']}", row["row"], str(len(runs)),
-                      *(percent(values, i) for i in range(4)), f"{values[0, 4]:.1f}".replace("nan", "-"),
-                      *(percent(difference, i, "+") for i in range(2))])
+                      *(percent(*pair) for pair in values[:, :4].T.tolist()),
+                      f"{values[0, 4]:.1f}".replace("nan", "-"),
+                      *(percent(*pair, "+") for pair in difference[:, :2].T.tolist())])
     columns = [column for column in zip(*lines) if {*column[1:]} != {"-"}]     # others are unknown
     widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in zip(*columns)]
     return [*lines, "Percent ± standard error: over seeds; over problems where a row is a single run."]
 
 
-def percent(numbers, i, sign=""):
-    """Number i of an estimate as text; a dash where it is unknown."""
-    value, error = (100 * numbers[:, i]).tolist()
-    if math.isnan(value):
-        return "-"
-    return f"{value:{sign}.1f} ± {error:.1f}".replace(" ± nan", "")
+def percent(mean, error, sign=""):
+    """A mean and its standard error as text; a dash where they are unknown."""
+    text = f"{100 * mean:{sign}.1f} ± {100 * error:.1f}"
+    return "-" if math.isnan(mean) else text.replace(" ± nan", "")
 
 
 def draw(path, rows):
@@ -307,9 +305,8 @@ def draw(path, rows):
     picture = needed("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
     left, right = picture.subplots(1, 2)
     rows = [row for row in rows if row["data"] == rows[0]["data"]]
-    names = [row["row"] for row in rows]
     heights, errors = 100 * torch.stack([row["values"][:, 1] for row in rows], dim=1)
-    right.bar(names, heights.tolist(), yerr=errors.tolist())
+    right.bar([row["row"] for row in rows], heights.tolist(), yerr=errors.tolist())
     right.set(title=f"Average@k on {rows[0]['data']}, percent")
     logs = [log for row in rows for run in row["runs"] for log in Path(run["path"]).glob("log.jsonl")]
     lines = [line for log in logs[-1:] for _, line in train.read_jsonl(log)]
@@ -323,36 +320,35 @@ def draw(path, rows):
     picture.savefig(path, dpi=160)
 
 
-def gradient_study(run, path, limit, template=None):
+def gradient_study(run, path, limit):
     """{what: number}. The assumption: incompatible samples have large gradients. The claim: weights lower
     E||g||^2. On the N demonstrations in a file, or without one on newly drawn sums like the run's own."""
     own = train.parse(["--model", run["path"], "--data", path] if path else [])
     vars(own).update((name, value) for name, value in run["args"].items() if value is not None)
-    vars(own).update(data=path, classroom_size=limit, prompt_template=template or run["prompt_template"])
+    vars(own).update(data=path, classroom_size=limit, prompt_template=run["prompt_template"])
     rows = train.read_jsonl(path) if path else train.classroom_rows(own, split="held back")
     lm, tokenizer = train.load_model(run["path"], torch.float32)
     train.check_training(lm.eval())
     examples, _ = train.load_examples(own, tokenizer, islice(rows, limit))
-    c_raw, squared = [], {"sft": [], "dft": []}                                # squared: ||g||^2
+    c_raw, norms = [], {"sft": [], "dft": []}                                  # norms: ||g||
     for example in tqdm(examples, "gradients", disable=None):
         batch = train.collate([example])
         nll, mask = cadft.token_nll(lm, batch["input_ids"], None, batch["labels"])
-        c_raw.append(cadft.compatibility(nll, mask).detach())
-        for name in squared:
+        c_raw.append(cadft.compatibility(nll, mask))
+        for name in norms:
             loss = train.LOSSES[name](nll, mask).sum()
             gradient = torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True)
-            squared[name].append(sum(part.square().sum().item() for part in gradient))
+            norms[name].append(torch.nn.utils.get_total_norm(gradient).item())
     c_hat = cadft.batch_zscore(torch.cat(c_raw).double(), own.eps).cpu()       # [N]
-    beta = own.beta if own.method in train.WEIGHTED else 1.0
-    w = cadft.compatibility_weight(c_hat, beta)                                # [N]
+    w = cadft.compatibility_weight(c_hat, own.beta if own.method in train.WEIGHTED else 1.0)   # [N]
     found = {"demonstrations": len(examples)}
-    for name, values in squared.items():
-        g2 = torch.tensor(values).double()                                     # [N] ||g||^2
-        both = torch.stack([c_hat, g2.sqrt()])                                 # [2, N] c_hat, ||g||
+    for name in norms:
+        norm = torch.tensor(norms[name], dtype=torch.float64)                  # [N]
+        both = torch.stack([c_hat, norm])                                      # [2, N]
         ranks = both.argsort().argsort().double()
         found[f"c_hat and ||g|| of {name}, Pearson"] = torch.corrcoef(both)[0, 1].item()
         found[f"c_hat and ||g|| of {name}, Spearman"] = torch.corrcoef(ranks)[0, 1].item()
-        found[f"E||w g||^2 / E||g||^2 of {name}"] = ((w.square() * g2).mean() / g2.mean()).item()
+        found[f"E||w g||^2 / E||g||^2 of {name}"] = ((w * norm).square().mean() / norm.square().mean()).item()
     return found
 
 
@@ -361,22 +357,22 @@ def gradient_study(run, path, limit, template=None):
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished runs under out/)")
-    add("--data", nargs="+", default=[], metavar="FILE", help="JSONL files of problems")
-    add("--samples", type=within(int, 0), default=16, help="answers a problem, beside the greedy one (16)")
-    add("--temperature", type=within(float, 0.001), default=1.0, help="of the samples (1.0)")
-    add("--top-p", type=within(float, 0.001, 1), default=1.0, help="nucleus of the samples (1.0: all)")
-    add("--max-tokens", type=within(int, 1), help="longer ones are cut off, and wrong (4096; classroom 96)")
-    add("--batch-size", type=within(int, 1), help="answers sampled at once (64; classroom 800)")
-    add("--seed", type=int, default=0, help="of sampling; each run's own seed is mixed in (0)")
-    add("--limit", type=within(int, 1), help="only the first so many problems (of --gradients: 256)")
-    add("--prompt-template", help='wraps each question: "{prompt} Reason step by step." (the run\'s own)')
-    add("--against", default="dft", metavar="ROW", help="the row that others are compared to (dft)")
-    add("--out", help="folder for eval-NAME.jsonl (beside the model)")
-    add("--grade", metavar="FILE", help="grade the responses in this JSONL file, sample nothing")
-    add("--gradients", action="store_true", help="study gradients, sample nothing")
-    add("--plot", metavar="FILE.png", help="draw weights by kind, and accuracy")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders or hub names (those under out/)")
+    add = parser.add
+    add("--data", "JSONL files of problems", [], nargs="+", metavar="FILE")
+    add("--samples", "answers a problem, beside the greedy one", 16, type=train.whole)
+    add("--temperature", "of the samples", 1.0, type=within(float, 0.001))
+    add("--top-p", "nucleus of the samples; 1: all", 1.0, type=within(float, 0.001, 1))
+    add("--max-tokens", "longer ones are cut off, and wrong (4096; classroom 96)", type=train.count)
+    add("--batch-size", "answers sampled at once (64; classroom 800)", type=train.count)
+    add("--seed", "of sampling; each run's own seed is mixed in", 0, type=int)
+    add("--limit", "only the first so many problems (of --gradients: 256)", type=train.count)
+    add("--prompt-template", 'wraps each question: "{prompt} Reason step by step." (the run\'s own)')
+    add("--against", "the row that others are compared to", "dft", metavar="ROW")
+    add("--out", "folder for eval-NAME.jsonl (beside the model)")
+    add("--grade", "grade the responses in this JSONL file, sample nothing", metavar="FILE")
+    add("--gradients", "study gradients, sample nothing", False, action="store_true")
+    add("--plot", "draw weights by kind, and accuracy", metavar="FILE.png")
     a = parser.parse_args(argv)
     a.max_tokens = a.max_tokens or (4096 if a.data else 96)
     a.batch_size = a.batch_size or (64 if a.data else 800)
@@ -393,11 +389,8 @@ def measure(a):
     if a.data:
         needed("math_verify", "math-verify")                   # before anything is sampled
     files = {Path(path).stem: load_problems(path, islice(train.read_jsonl(path), a.limit)) for path in a.data}
-    runs = find_runs(a.runs)
+    runs = find_runs(a.runs, a.prompt_template)
     require(a.against in ("dft", *(run["row"] for run in runs)), f"--against {a.against}: no such row")
-    train.say(*differing_runs(runs))
-    if len({run["prompt_template"] for run in runs}) > 1 and not a.prompt_template:
-        train.say("these runs are asked in different words: give all of them one --prompt-template")
     results, dtype = [], torch.bfloat16 if train.CUDA and a.data else torch.float32
     for run in runs:
         lm, tokenizer = train.load_model(run["path"], dtype)
@@ -419,8 +412,8 @@ def main(argv):
     if not a.data:
         torch.set_num_threads(train.THREADS)                   # the last digits depend on it
     if a.gradients:
-        for run, path in product(find_runs(a.runs), a.data or [""]):
-            numbers = gradient_study(run, path, a.limit or 256, a.prompt_template)
+        for run, path in product(find_runs(a.runs, a.prompt_template), a.data or [""]):
+            numbers = gradient_study(run, path, a.limit or 256)
             train.say(f"{run['path']} {path}", *(f"  {name:36} {numbers[name]:7.3g}" for name in numbers))
         return
     if a.plot:

@@ -1,7 +1,6 @@
 """The laws the code obeys: the method, in the order of cadft.py; the loop; bad input; evaluation."""
 import collections
 import concurrent.futures
-import inspect
 import itertools
 import json
 import math
@@ -96,22 +95,21 @@ def naive_nll(lm, ids, labels, **more):
 # ==== The method ===========================================================================================
 
 @ARCHITECTURES
-def test_nll_and_dft_equal_softmax_and_gather_gradients_too(architecture):
+def test_nll_is_that_of_softmax_and_gather_gradients_too(architecture):
     lm, (ids, seen, labels) = tiny(architecture).double().eval(), some_batch()
-    own = naive_nll(lm, ids, labels, attention_mask=seen)
-    plain = torch.stack([(n.neg().exp().detach() * n).mean() for n in own])     # [B] DFT, naively
-    expected = torch.autograd.grad(plain.sum(), list(lm.parameters()))
+    own = torch.cat(naive_nll(lm, ids, labels, attention_mask=seen))
+    expected = torch.autograd.grad(own.square().sum(), list(lm.parameters()))
     for chunk in 1, 3, 512:
         nll, mask = cadft.token_nll(lm, ids, seen, labels, chunk)
         assert torch.equal(mask, labels[:, 1:] != -100) and (nll[~mask] == 0).all()
-        loss = cadft.dft_loss(nll, mask)
-        assert_close((nll[mask], loss), (torch.cat(own), plain))
-        assert_close(torch.autograd.grad(loss.sum(), list(lm.parameters())), expected)
+        assert_close(nll[mask], own)
+        assert_close(torch.autograd.grad(nll.square().sum(), list(lm.parameters())), expected)
     others = [some_batch(pad=2), (ids, None, labels)]          # pad = eos, as many tokenizers have it
     if architecture not in ("gpt2", "gemma2"):                 # positions are absolute; left padding is nan
         others.append(some_batch(pad=2, side="left"))
-    for there, where in (cadft.token_nll(lm, *other) for other in others):
-        assert_close(there[where], nll[mask])
+    for other in others:
+        there, where = cadft.token_nll(lm, *other)
+        assert_close(there[where], own)
     assert cadft.token_nll(lm.bfloat16(), ids, seen, labels)[0].dtype == torch.float32
 
 
@@ -255,17 +253,13 @@ def test_rewriting_is_due_every_K_steps_and_picks_the_highest_persistent_moving_
 
 
 def test_defaults_are_the_papers_constants_in_flags_and_functions():
-    a = train.PARSER.parse_args([])
-    for flag, value, function, name in (
-            ("beta", 1.0, cadft.compatibility_weight, "beta"), ("eps", 1e-6, cadft.batch_zscore, "eps"),
-            ("rewrite_after", 3000, cadft.rewriting_due, "T_warm"), ("lr", 5e-5, None, None),
-            ("rewrite_every", 1000, cadft.rewriting_due, "K"), ("batch_size", 256, None, None),
-            ("rewrite_fraction", 0.005, cadft.CompatibilityEMA.pick, "fraction"),
-            ("rewrite_prob", 0.5, None, None), ("rewrite_top_p", 0.9, cadft.nucleus_sample, "top_p"),
-            ("rewrite_temperature", 0.7, cadft.nucleus_sample, "temperature"),
-            ("ema_decay", 0.5, cadft.CompatibilityEMA, "decay")):      # ours
-        assert getattr(a, flag) == value
-        assert function is None or inspect.signature(function).parameters[name].default == value
+    paper = dict(beta=1.0, eps=1e-6, rewrite_after=3000, rewrite_every=1000, rewrite_fraction=0.005,
+                 rewrite_prob=0.5, rewrite_top_p=0.9, rewrite_temperature=0.7, batch_size=256, lr=5e-5)
+    assert paper.items() <= vars(train.PARSER.parse_args([])).items()
+    functions = (cadft.compatibility_weight, cadft.batch_zscore, cadft.rewriting_due,
+                 cadft.CompatibilityEMA.pick, cadft.nucleus_sample.__wrapped__)
+    assert [f.__defaults__ for f in functions] == [(1.0,), (1e-6,), (3000, 1000), (0.005,), (0.9, 0.7, 0)]
+    assert cadft.CompatibilityEMA(1).decay == train.PARSER.parse_args([]).ema_decay == 0.5     # ours
 
 
 def test_sampling_obeys_top_p_and_temperature_alone_is_seeded_and_leaves_all_as_it_was():
@@ -310,16 +304,13 @@ def seeing():
     return lm
 
 
-def images(ids, first=0):
-    """What else the model needs for the rows ids [B, T] when row i shows image first + i."""
-    draw = torch.Generator().manual_seed(0)                    # an image is 16 patches of 2x2x2 x 3
-    pixels = torch.randn(3, 16, 24, generator=draw, dtype=torch.float64)[first:first + len(ids)]
-    return dict(pixel_values=pixels.flatten(0, 1), image_grid_thw=torch.tensor([[1, 4, 4]] * len(ids)),
-                mm_token_type_ids=(ids == IMAGE).long())
-
-
 def test_vision_language_models_nll_is_that_of_their_own_logits_and_rewriting_looks_at_the_images():
+    def images(ids, first=0):                                  # row i shows image first + i, 16 patches
+        return dict(pixel_values=pixels[first:first + len(ids)].flatten(0, 1),
+                    image_grid_thw=torch.tensor([[1, 4, 4]] * len(ids)),
+                    mm_token_type_ids=(ids == IMAGE).long())
     lm, (ids, seen, labels) = seeing(), some_batch([(6, 4), (9, 2), (7, 7)])
+    pixels = torch.randn(3, 16, 2 * 2 * 2 * 3, dtype=torch.float64)
     ids[:, 1:5] = IMAGE
     nll, mask = cadft.token_nll(lm, ids, seen, labels, 3, **images(ids))
     own = torch.cat(naive_nll(lm, ids, labels, attention_mask=seen, **images(ids)))
@@ -330,12 +321,10 @@ def test_vision_language_models_nll_is_that_of_their_own_logits_and_rewriting_lo
     prompts = [[7, *[IMAGE] * 4, *tail] for tail in ([9], [30, 12, 5], [8, 21])]
     left = torch.tensor([[1] * (8 - len(p)) + p for p in prompts])     # pad = eos
     more = dict(suppress_tokens=[IMAGE], **images(left))
-    together = cadft.nucleus_sample(lm, prompts, [1], 1, 8, temperature=0, **more)
-    for i, (prompt, got) in enumerate(zip(prompts, together)):
-        for n, token in enumerate(got):
-            row = torch.tensor([prompt + got[:n]])
-            z = lm(input_ids=row, **images(row, i)).logits[0, -1]
-            assert token == z.index_fill(0, torch.tensor(IMAGE), -torch.inf).argmax()
+    for i, got in enumerate(cadft.nucleus_sample(lm, prompts, [1], 1, 8, temperature=0, **more)):
+        row = torch.tensor([prompts[i] + got])
+        z = lm(input_ids=row, **images(row, i)).logits[0, len(prompts[i]) - 1:-1]
+        assert got == z.index_fill(1, torch.tensor(IMAGE), -torch.inf).argmax(1).tolist()
 
 
 # ==== The loop =============================================================================================
@@ -742,45 +731,44 @@ def equal_runs(one, other):
     assert not list(Path(other).glob("*.tmp")) and train.finished(other)
 
 
-def test_an_interrupted_run_goes_on_to_the_bit(made, tmp_path):
-    out = tmp_path / "out"
-    again(made, tmp_path / "whole", "--dtype", "float32")
-    for step in 16, 21:                                        # 15 steps, of which 14 are saved; then 6 more
-        interrupted(made, out, step, "--dtype", "float32", "--resume", "--save-every", 7)
-        with open(out / "log.jsonl", "ab") as file:            # what a crash may leave in it
-            file.write(b'{"step": 21, "nll": \xff\n{"st')
-        (out / "rewrites.jsonl").unlink()
-    assert torch.load(out / "checkpoint.pt")["step"] == 14 and not train.finished(out)
-    again(made, out, "--dtype", "float32", "--resume", "--micro-batch-tokens", 9999)
-    equal_runs(tmp_path / "whole", out)
-
-
-def test_a_failing_save_and_resuming_ones_own_run_only(made, refused, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_bit(made, tmp_path, monkeypatch):
     def full(state, file, inner=torch.save):
         if state["step"] > 8:
             file.write(b"half")
             raise OSError("No space left on device")
         inner(state, file)
-    def killed(run):                                           # while the model is written
-        run.lm.save_pretrained(run.args.out)
+    def killed(*_, **__):                                      # when the model is written
         raise KeyboardInterrupt
-    out, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint.pt"
+    out, flags = tmp_path / "out", ("--dtype", "float32", "--resume")
+    again(made, tmp_path / "whole", *flags[:2])
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        again(made, out, "--save-every", 8, code=2)
-    assert torch.load(checkpoint)["step"] == 8
+        again(made, out, *flags, "--save-every", 4, code=2)
+    assert torch.load(out / "checkpoint.pt")["step"] == 8
+    for step in 16, 22:                                        # the last step that is saved rewrote
+        interrupted(made, out, step, *flags, "--save-every", 3)
+        with open(out / "log.jsonl", "ab") as file:            # what a crash may leave in it
+            file.write(b'{"step": 21, "nll": \xff\n{"st')
+        (out / "rewrites.jsonl").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", killed)
+        again(made, out, *flags, "--micro-batch-tokens", 9999)
+    assert (out / "config.json").exists() and not train.finished(out)
+    again(made, out, *flags)
+    equal_runs(tmp_path / "whole", out)
+
+
+def test_only_ones_own_run_is_resumed_wherever_its_files_lie_now(made, refused, tmp_path, capsys):
+    out = tmp_path / "out"
+    interrupted(made, out, 10, "--save-every", 8)
     for words, *flags in ((("--lr", "0.01", "0.5"), "--lr", 0.5),
                           (("--data-sha256",), "--data", jsonl(tmp_path / "data.jsonl", rows(seed=1)))):
         for place in out, made["one"]:                         # half done and finished
             refused(words, *made["flags"], "--out", place, "--resume", *flags)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "finish", killed)
-        again(made, out, "--resume", "--data", jsonl(tmp_path / "same.jsonl", rows()))     # moved
-    assert (out / "config.json").exists() and not train.finished(out)
-    again(made, out, "--resume")
-    equal_runs(made["one"], out)
-    again(made, out, "--resume", "--model", os.path.relpath(made["model"]))            # now it is finished
+    again(made, out, "--resume", "--data", jsonl(tmp_path / "same.jsonl", rows()))
+    again(made, out, "--resume", "--model", os.path.relpath(made["model"]))
     assert "nothing to do" in capsys.readouterr().out
+    equal_runs(made["one"], out)
 
 
 def patched(code):
@@ -844,6 +832,8 @@ def test_the_base_model_is_an_ordinary_run_made_as_a_whole_and_once_for_all_meth
     assert sorted(Path("out").glob("[!.]*")) == [base, *runs]
     assert torch.get_num_threads() == threads > train.THREADS
     assert log(runs[0])[0]["c_mean"] == log(runs[1])[0]["c_mean"]      # the same base, data and order
+    assert evaluate.main(["--samples", "1", "--limit", "3"]) == 0      # sums need no other package
+    assert [len(log(run, "eval-classroom-3-digits.jsonl")) for run in (base, *runs)] == [6, 6, 6]
     other = [*classroom, "--out", "other/x", "--max-length", "100", "--prompt-template", "z{prompt}"]
     assert train.main(other) == 0                              # the base does not depend on the run's flags
     for place in "out", "other":
@@ -960,7 +950,7 @@ PAIRS = r"""
 \dfrac{3}{7} == \frac{3}{7} ; \dfrac{7}{3} != \frac{3}{7} ; 0.333 != \frac{1}{3} ; 0.3333 == \frac{1}{3}
 123456789012345678 != 123456789012345679 ; 50000 != 50001 ; 025 == 25 ; 9.8 != 9.81 ; 86,400 == 86400
 4.5e33 == 4.5 \times 10^{33} ; 4.5 \cdot 10^{33} == 4.5e33 ; 4.5e32 != 4.5e33 ; 3.2e-20 != 1.6e-20
-1.7 \times 10^{-19} != 1.6e-19 ; 7e-5 != 8e-5 ; 2E3 == 2000 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024}
+1.7 \times 10^{-19} != 1.6e-19 ; 7e-5 != 8e-5 ; 12.5\% == 12.5 ; 2E3 == 2000 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024}
 13 \text{ cm} == 13 ; (3,-2) != (-2,3) ; \{1,4,9\} == \{9,4,1\} ; 1,4 != 1,4,9 ; x=11 == 11 ; \text{(C)} == C
 """
 RESPONSES = r"""
@@ -968,7 +958,7 @@ RESPONSES = r"""
 it is \boxed {\frac{1}{2} -> \frac{1}{2} ; thus $\boxed 2$. -> 2 ; \boxed 2. -> 2 ; \boxed{} 7 -> ;  ->
 The answer is 12. Or the answer is: $x = 3.5$. Take 7. -> x = 3.5$ ; the answer is 2^{10} -> 2^{10}
 **Answer:** $\frac{3}{4}$ -> \frac{3}{4}$ ; The final answer is **-4**. -> -4
-\textbf{Answer:} 42 -> 42 ; Hence 3/4 -> Hence 3/4
+\textbf{Answer:} 42 -> 42 ; Hence 3/4 -> Hence 3/4 ; #### **42** -> 42
 7 + 11 = 18@#### 18@@Question: 5@#### 5 -> 18 ; the answer is:@@42@@It fits. -> 42
 """
 
@@ -981,13 +971,14 @@ def test_extraction_and_grading_are_those_of_the_tables_and_blind_to_what_stands
         for spelling in rf"So it is \boxed{{{answer}}}, or so.", f"####1</think>#### {answer}\nQ: #### 3":
             assert evaluate.is_correct(spelling, reference) == (sign == "=="), (spelling, reference)
         assert evaluate.is_correct(rf"\boxed{{{reference}}}", reference)
-    for response in (r"Hence $\frac{3}{4}$", "It's 0.75", "so 3/4", r"**Answer:** $\frac{3}{4}$", "0.75"):
+    for response in (r"Hence $\frac{3}{4}$", "It's 0.75", "so 3/4", r"**Answer:** $\frac{3}{4}$", "0.75",
+                     "The answer is:\n\\[\n\\frac{3}{4}\n\\]"):
         assert evaluate.is_correct(response, r"\frac{3}{4}"), response
-    steps = "#### Step 1: 7 + 11\n#### 2. Hence\nThe answer is: 18 of 20 dollars"
+    steps = "#### **Step 1:** 7 + 11\n#### 2. Hence\n#### (c) So\nThe answer is: 18 of 20 dollars"
     for response in ("The answer is about 18 dollars a day.", "#### 18 dollars", r"The answer is \(18\) cm^2",
                      steps, "Answer: $18 (cheap)"):
         assert [n for n in (1, 2, 18, 20) if evaluate.is_correct(response, n)] == [18], response
-    for nothing in "", " ", "$$", r"\boxed{}", "\n", r"\boxed{ }":
+    for nothing in "", "$$", r"\boxed{}", "\n":
         assert not any(evaluate.is_correct(nothing, reference) for reference in ("0", "", nothing, "None"))
     for hostile in "9^{9^{9^9}}", "{" * 490, r"\sqrt{" * 90, "7" * 100_000, "1/0", "nan", "import os":
         assert not evaluate.is_correct(rf"\boxed{{{hostile}}}", "3")
@@ -1046,10 +1037,8 @@ def error(values):
 
 def test_counting_by_hand_errors_of_a_single_run_are_over_problems():
     row, = evaluate.compare([answered(["1101", "0c01", "0000"], "110")], "dft")
-    each = {"greedy": [1, 1, 0], "average": [0.75, 0.25, 0], "any": [1, 1, 0], "cut off": [0, 0.25, 0],
-            "tokens": [10, 11, 12]}
-    assert list(each) == evaluate.NUMBERS
-    for name, values in each.items():
+    each = [1, 1, 0], [0.75, 0.25, 0], [1, 1, 0], [0, 0.25, 0], [10, 11, 12]
+    for name, values in zip(evaluate.NUMBERS, each, strict=True):
         assert number(row, name) == (pytest.approx(statistics.fmean(values)), error(values)), name
     head, line, _ = evaluate.table([row], "dft")
     assert "Average@4" in head and "- dft" not in head and line.split()[:3] == ["3", "sums", "dft"]
@@ -1076,7 +1065,7 @@ def test_rows_are_over_seeds_and_differences_are_paired_in_the_same_unit():
     assert "+20.8 ± 4.2" in "\n".join(evaluate.table(list(rows.values()), "dft"))
 
 
-def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_experiment_is_told(tmp_path, monkeypatch):
+def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, args in {"out/cadft-seed0": {"lr": 1, "seed": 0, "data_sha256": "a", "data": "x"},
                        "out/cadft-seed1": {"lr": 2, "seed": 1, "data_sha256": "b", "data": "y"},
@@ -1084,14 +1073,13 @@ def test_rows_are_named_by_folders_and_what_is_no_seed_of_one_experiment_is_told
                        "out/dft-seed12": {"lr": 1, "seed": 12, "out": "4"}, "else/mine": {}}.items():
         jsonl(Path(folder(name)) / "args.json", [args])
     Path("out/begun-seed0").mkdir()
-    runs = evaluate.find_runs([])
-    assert [(run["row"], run["seed"]) for run in runs] == [
-        ("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None)]
-    others = evaluate.find_runs(["else/mine/", "else/../else/mine", "Qwen/Qwen2-0.5B"])
-    assert [run["row"] for run in others] == ["mine", "Qwen/Qwen2-0.5B"]
-    told = "row {}: not seeds of one experiment, they differ in {}"
-    assert [*evaluate.differing_runs(runs + others)] == [told.format("cadft", "data_sha256, lr"),
-                                                         told.format("mine", "folder")]
+    told = "row {}: not seeds of one experiment, they differ in {}\n"
+    finished = [("cadft", 0), ("cadft", 1), ("dft", 0), ("dft", 12), ("mine", None)]
+    assert [(run["row"], run["seed"]) for run in evaluate.find_runs([])] == finished
+    assert capsys.readouterr().out == told.format("cadft", "data_sha256, lr")
+    others = evaluate.find_runs(["else/mine/", "else/../else/mine", "Qwen/Qwen2-0.5B", "out/mine"])
+    assert [run["row"] for run in others] == ["mine", "Qwen/Qwen2-0.5B", "mine"]
+    assert capsys.readouterr().out == told.format("mine", "folder")
     for name in "out/begun-seed0", "out/nothing", "no/such/folder":
         with pytest.raises(train.Mistake, match=name):
             evaluate.find_runs([name])
@@ -1191,17 +1179,18 @@ def test_the_gradient_study_is_that_of_direct_backwards(made, capsys):
     losses = {"sft": [n.mean() for n in nll], "dft": [(n.detach().neg().exp() * n).mean() for n in nll]}
     c_raw = [n.mean().item() for n in nll]
     mu, sigma = statistics.fmean(c_raw), statistics.pstdev(c_raw)
-    ranks = lambda x: [*map(sorted(x).index, x)]
     w = [math.exp(-max(0, (c - mu) / sigma)) for c in c_raw]
+    ranks = lambda x: [sorted(x).index(one) for one in x]
     expected = {"demonstrations": 4}
     for name, each in losses.items():
         parts = [torch.autograd.grad(loss, list(lm.parameters()), retain_graph=True) for loss in each]
         norms = [math.hypot(*(part.norm().item() for part in some)) for some in parts]
-        g = [norm ** 2 for norm in norms]
-        expected |= {f"c_hat and ||g|| of {name}, Pearson": statistics.correlation(c_raw, norms),
-                     f"c_hat and ||g|| of {name}, Spearman": statistics.correlation(ranks(c_raw), ranks(g)),
-                     f"E||w g||^2 / E||g||^2 of {name}": sum(w * w * x for w, x in zip(w, g)) / sum(g)}
+        weighted = [(weight * norm) ** 2 for weight, norm in zip(w, norms)]
+        r, rho = statistics.correlation(c_raw, norms), statistics.correlation(ranks(c_raw), ranks(norms))
+        expected |= {f"c_hat and ||g|| of {name}, Pearson": r, f"c_hat and ||g|| of {name}, Spearman": rho,
+                     f"E||w g||^2 / E||g||^2 of {name}": sum(weighted) / sum(norm ** 2 for norm in norms)}
     assert found == pytest.approx(expected, rel=1e-4)
-    assert evaluate.gradient_study(run, made["data"], 4, "z{prompt}") != pytest.approx(expected, rel=1e-4)
+    run, = evaluate.find_runs([made["one"]], "z{prompt}")
+    assert evaluate.gradient_study(run, made["data"], 4) != pytest.approx(expected, rel=1e-4)
     assert evaluate.main([str(made["one"]), "--gradients", "--data", made["data"], "--limit", "3"]) == 0
     assert "E||w g||^2" in capsys.readouterr().out
