@@ -357,7 +357,7 @@ def gradient_study(run, path, limit):
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders or hub names (those under out/)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished under out/)")
     add = parser.add
     add("--data", "JSONL files of problems", [], nargs="+", metavar="FILE")
     add("--samples", "answers a problem, beside the greedy one", 16, type=train.whole)

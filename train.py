@@ -378,12 +378,7 @@ def encode(tokenizer, turns, tools=None):
     require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
             "the chat template leaves out the tools")
     rest = whole[len(asked):]
-    header, _, behind = rest.partition(said(turns[-1])[0].strip())
-    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    marks = [i for i in tokens if tokenizer.decode(i).strip()]  # the first one closes the response
-    opened = "".join(tokenizer.decode(marks[1:]).split())
-    require(not opened or header.strip() or not "".join(asked.split()).endswith(opened), "the chat template "
-            f"opens a turn behind the response, {opened!r}: only if add_generation_prompt is true should it")
+    check_end(tokenizer, turns[-1], asked, rest)
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
         alone, line, both = (tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -412,6 +407,16 @@ def check_written(turns, asked, whole):
             forms = ["".join(form.split()) for form in (text, escaped)]
             require(any(after.count(form) > before.count(form) if last else form in before for form in forms),
                     f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
+
+
+def check_end(tokenizer, turn, asked, rest):
+    """Mistake where behind the response, which a first mark closes, stands what the prompt ends with."""
+    header, _, behind = rest.partition(said(turn)[0].strip())
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    marks = [i for i in tokens if tokenizer.decode(i).strip()]
+    opened = "".join(tokenizer.decode(marks[1:]).split())
+    require(not opened or header.strip() or not "".join(asked.split()).endswith(opened), "the chat template "
+            f"opens a turn behind the response, {opened!r}: only if add_generation_prompt is true should it")
 
 
 def special_ids(tokenizer):
