@@ -75,14 +75,14 @@ def load_problems(name, rows):
         unused |= row.keys() - USED
         where = f"{name}, line {line}"
         turns = row.get("messages") or [{"role": "user", "content": row.get("question", row.get("problem"))}]
-        users = [i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "user"]
-        question = turns[users[-1]].get("content") if users else None
-        require(isinstance(question, str) and question.strip(),
-                f'{where}: needs text in "question" or "problem", or a user turn in "messages"')
-        told = {"question": question, "reference": reference_of(row, where),
+        try:
+            asked = [i for i, turn in enumerate(turns) if turn["role"] == "user" and turn["content"].strip()]
+            turns = turns[:asked[-1] + 1]
+        except (TypeError, KeyError, IndexError, AttributeError):
+            raise Mistake(f'{where}: needs text in "question" or "problem", or a user turn in "messages"')
+        told = {"question": turns[-1]["content"], "reference": reference_of(row, where),
                 "grader": row.get("grader", "math")}
-        problems.append({"where": where, "turns": turns[:users[-1] + 1], "tools": row.get("tools"),
-                         "row": told})
+        problems.append({"where": where, "turns": turns, "tools": row.get("tools"), "row": told})
     require(problems, f"{name}: there is no problem in it")
     if unused:
         train.say(f"{name}, never used: {', '.join(sorted(unused))}")
@@ -147,9 +147,10 @@ def grade(row):
 
 def is_correct(response, reference):
     """Whether the answer that a response ends with equals the reference; of "18 dollars a day" 18 counts."""
-    text = re.sub(r"(?<!\\)\\[][()]", "$", str(response).split("</think>")[-1].strip())
-    answer = extract_answer(text)
-    if answer == text and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
+    text = re.sub(r"\\[()]", "$", str(response).split("</think>")[-1].strip())
+    flat = re.sub(r"(?<!\\)\\[][]", "$", text)               # what the library reads as it is
+    answer = extract_answer(flat)
+    if answer == flat and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
         return equal(text[-500:], reference)
     number = re.match(r"(?:[a-zA-Z']{2,} +)*\\?\$?([-+]?[\d.,/]*\d)\\?[%$]?( +\(?[a-zA-Z']{2,}|$)", answer)
     return equal(f"${answer[-500:]}$", reference) or number is not None and equal(number[1], reference)
@@ -182,9 +183,9 @@ def extract_answer(text):
     box = last_box(text)
     if box is not None:
         return box
-    line = re.search(r"####[\s*_]*((?![a-zA-Z]{2,}|\(?\w+[.):] )[^\s*_].*)", text)    # not a heading
+    line = re.search(r"####[\s*]*((?![a-zA-Z]{2,}|\d+[.):] )[^\s*].*)", text)     # not a heading
     if line:
-        return line[1].strip("*_ ")                            # the first: small models run on
+        return line[1].strip("* ")                             # the first: small models run on
     said = re.split(r"(?i)\banswers?[\s*_}]*(?:is|are|:|=)[\s:*_$}]*", text)[1:]
     sentence = re.split(r"\.(?=\s|$)|\n", said[-1])[0].strip("*_ ") if said else ""
     return sentence or text
@@ -357,7 +358,7 @@ def gradient_study(run, path, limit):
 def parse(argv):
     """The flags; the classroom's values where there is no --data. Raises Mistake."""
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders or hub names (all finished under out/)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders or hub names (finished ones in out/)")
     add = parser.add
     add("--data", "JSONL files of problems", [], nargs="+", metavar="FILE")
     add("--samples", "answers a problem, beside the greedy one", 16, type=train.whole)

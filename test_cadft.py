@@ -647,7 +647,8 @@ def test_prompt_and_response_are_what_the_template_writes_and_its_end_becomes_a_
     (CALLS.replace("c.function |", "c.function.name |"),
      {"tool_calls": [{"function": {"name": "add", "arguments": {"n": "seven"}}}]}, ("leaves", "seven")),
     (BODY.split("{% if")[0] + "<|im_start|>assistant\n", {}, ("opens a turn", "add_generation_prompt")),
-    (BODY.replace("{{ m.role }}\n", "").split("{% if")[0] + "<|im_start|>", {}, ("opens a turn", "<|im_st")),
+    (BODY.split("{% if")[0].replace("m.role }}\n", "'<|done|>' if m.role == 'user' else '<|channel|>' }}")
+     + "<|im_start|><|channel|>", {}, ("opens a turn", "'channel|>'")),
     (BODY.replace("{% for m in", "{% for m in messages[1:] if m in"), {}, ("leaves out", "user")),
     ("1+\n3? add" + BODY, {"content": "", "tool_calls": [{"function": {"name": "add"}}]}, ("leaves", "add")),
     (None, {"content": None, "reasoning_content": "4"}, ("leaves out",)),
@@ -948,9 +949,9 @@ def test_of_two_processes_one_speaks_once_and_they_exit_with_2(code, message, ma
 
 PAIRS = r"""
 \dfrac{3}{7} == \frac{3}{7} ; \dfrac{7}{3} != \frac{3}{7} ; 0.333 != \frac{1}{3} ; 0.3333 == \frac{1}{3}
-123456789012345678 != 123456789012345679 ; 50000 != 50001 ; 025 == 25 ; 9.8 != 9.81 ; 86,400 == 86400
+123456789012345678 != 123456789012345679 ; 50000 != 50001 ; 025 == 25 ; 9.8 != 9.81 ; 86,400 == 86400 ; 12.5\% == 12.5
 4.5e33 == 4.5 \times 10^{33} ; 4.5 \cdot 10^{33} == 4.5e33 ; 4.5e32 != 4.5e33 ; 3.2e-20 != 1.6e-20
-1.7 \times 10^{-19} != 1.6e-19 ; 7e-5 != 8e-5 ; 12.5\% == 12.5 ; 2E3 == 2000 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024}
+1.7 \times 10^{-19} != 1.6e-19 ; 7e-5 != 8e-5 ; 2E3 == 2000 ; 4^{1012} == 2^{2024} ; 2^{2023} != 2^{2024}
 13 \text{ cm} == 13 ; (3,-2) != (-2,3) ; \{1,4,9\} == \{9,4,1\} ; 1,4 != 1,4,9 ; x=11 == 11 ; \text{(C)} == C
 """
 RESPONSES = r"""
@@ -974,7 +975,7 @@ def test_extraction_and_grading_are_those_of_the_tables_and_blind_to_what_stands
     for response in (r"Hence $\frac{3}{4}$", "It's 0.75", "so 3/4", r"**Answer:** $\frac{3}{4}$", "0.75",
                      "The answer is:\n\\[\n\\frac{3}{4}\n\\]"):
         assert evaluate.is_correct(response, r"\frac{3}{4}"), response
-    steps = "#### **Step 1:** 7 + 11\n#### 2. Hence\n#### (c) So\nThe answer is: 18 of 20 dollars"
+    steps = "#### **Step 1:** 7 + 11\n#### 2. Hence\nThe answer is: 18 of 20 dollars"
     for response in ("The answer is about 18 dollars a day.", "#### 18 dollars", r"The answer is \(18\) cm^2",
                      steps, "Answer: $18 (cheap)"):
         assert [n for n in (1, 2, 18, 20) if evaluate.is_correct(response, n)] == [18], response

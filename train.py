@@ -40,9 +40,10 @@ WEIGHTED = {"casft", "cadft"}                                   # methods that w
 MAY_DIFFER = {"out", "data", "resume", "save_every", "micro_batch_tokens", "two_pass",
               "gradient_checkpointing"}
 CUDA = torch.cuda.is_available()
-RANK = int(os.environ.get("RANK", 0))                           # these three are set by torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 
 
@@ -298,13 +299,14 @@ def load_examples(a, tokenizer, rows=None):
 
 def read_jsonl(path):
     """Yield (line number, object) for each line that is not blank."""
-    with open(path, "rb") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            line = line.strip()
+            if not line:
                 continue
             try:
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()    # fails for half a character, "\\ud800"
+                json.dumps(row, ensure_ascii=False).encode()    # fails for what is no UTF-8
             except (ValueError, RecursionError) as error:
                 raise Mistake(f"{path}, line {number}: not valid JSON in UTF-8, one object a line ({error})")
             require(isinstance(row, dict), f"{path}, line {number}: no object, not {type(row).__name__}")
@@ -378,7 +380,7 @@ def encode(tokenizer, turns, tools=None):
     require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
             "the chat template leaves out the tools")
     rest = whole[len(asked):]
-    check_end(tokenizer, turns[-1], asked, rest)
+    check_end(tokenizer, turns, tools, asked, whole)
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
         alone, line, both = (tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -409,14 +411,15 @@ def check_written(turns, asked, whole):
                     f"the chat template leaves out what the {turn['role']} says: {text[:60]!r}")
 
 
-def check_end(tokenizer, turn, asked, rest):
-    """Mistake where behind the response, which a first mark closes, stands what the prompt ends with."""
-    header, _, behind = rest.partition(said(turn)[0].strip())
-    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    marks = [i for i in tokens if tokenizer.decode(i).strip()]
-    opened = "".join(tokenizer.decode(marks[1:]).split())
-    require(not opened or header.strip() or not "".join(asked.split()).endswith(opened), "the chat template "
-            f"opens a turn behind the response, {opened!r}: only if add_generation_prompt is true should it")
+def check_end(tokenizer, turns, tools, asked, whole):
+    """Mistake where the dialogue ends with an opened turn, which is another one once the user goes on."""
+    try:
+        longer, _ = written(tokenizer, [*turns, {"role": "user", "content": "1"}], tools, ask=False)
+    except Mistake:                                             # this template wants other turns
+        return
+    opened = whole[len(os.path.commonprefix([whole, longer])):]
+    require(not opened.strip() or not asked.endswith(opened), "the chat template opens a turn behind the "
+            f"response, {opened!r}: let it do so only if add_generation_prompt is true")
 
 
 def special_ids(tokenizer):
@@ -489,7 +492,7 @@ def load_model(path, dtype):
             path, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:                                  # libraries have many kinds of their own
         raise Mistake(f"{path}: no causal language model can be loaded: {error}") from error
-    masks = "masked_bias", "attn.bias", "attn.attention.bias", "causal_mask"        # constants in old files
+    masks = "masked_bias", ".attn.bias", "attn.attention.bias", "causal_mask"       # constants in old files
     unknown = {name for name in info["unexpected_keys"] if not name.endswith(masks)}
     wrong = sorted({*info["missing_keys"], *unknown})
     require(not wrong, f"{path}: weights are missing, or have no place in the model: {wrong[:3]}")
@@ -568,7 +571,7 @@ def join():
     """Join torchrun's processes, if it started us: nccl on CUDA, else gloo."""
     if CUDA:
         torch.cuda.set_device(DEVICE)
-    if WORLD > 1 and not dist.is_initialized():
+    if TORCHRUN and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         # torchrun may keep its store when it restarts workers: lost ones' addresses must not be found there
         store = dist.PrefixStore("try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
