@@ -148,7 +148,7 @@ def grade(row):
 def is_correct(response, reference):
     """Whether the answer that a response ends with equals the reference; of "18 dollars a day" 18 counts."""
     text = re.sub(r"\\[()]", "$", str(response).split("</think>")[-1].strip())
-    flat = re.sub(r"(?<!\\)\\[][]", "$", text)               # what the library reads as it is
+    flat = re.sub(r"(?<!\\)\\[][]", "$", text)               # in sentences the library wants \[ as it is
     answer = extract_answer(flat)
     if answer == flat and re.search(r"(?<!\\)\b[a-zA-Z']{2,} ", text):       # a sentence; find answers in it
         return equal(text[-500:], reference)

@@ -980,7 +980,7 @@ def test_extraction_and_grading_are_those_of_the_tables_and_blind_to_what_stands
     for response in ("The answer is about 18 dollars a day.", "#### 18 dollars", r"The answer is \(18\) cm^2",
                      steps, "Answer: $18 (cheap)"):
         assert [n for n in (1, 2, 18, 20) if evaluate.is_correct(response, n)] == [18], response
-    for nothing in "", "$$", r"\boxed{}", "\n":
+    for nothing in "", " ", "$$", r"\boxed{}", "\n", r"\boxed{ }":
         assert not any(evaluate.is_correct(nothing, reference) for reference in ("0", "", nothing, "None"))
     for hostile in "9^{9^{9^9}}", "{" * 490, r"\sqrt{" * 90, "7" * 100_000, "1/0", "nan", "import os":
         assert not evaluate.is_correct(rf"\boxed{{{hostile}}}", "3")

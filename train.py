@@ -292,7 +292,9 @@ def load_examples(a, tokenizer, rows=None):
         prompt_ids = torch.tensor(prompt, dtype=torch.int32)
         response_ids = torch.tensor(kept, dtype=torch.int32)
         examples.append(Example(len(examples), line, prompt_ids, response_ids, kind))
-    say(*[changed] if changed else [], *[f"{note} in {n:,} rows" for note, n in notes.items()])
+    if changed:
+        say(changed)
+    say(*[f"{note} in {n:,} rows" for note, n in notes.items()])
     require(examples, f"{source}: no usable row")
     return examples, ends
 
@@ -351,19 +353,25 @@ def wrap(turns, template):
     return [wrapped if turn is users[-1] else turn for turn in turns]
 
 
+def render(tokenizer, turns, tools=None, ask=True):
+    """The text of turns as the chat template writes them, with a generation prompt if `ask`; without a
+    template their bare text."""
+    if not tokenizer.chat_template:
+        most = 1 if ask else 2
+        require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
+        return "".join(str(turn.get("content")) for turn in turns)
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
+                                             add_generation_prompt=ask)
+    except Exception as error:                                  # templates raise what they like
+        raise Mistake(f"the chat template refuses these turns ({error})") from error
+
+
 def written(tokenizer, turns, tools=None, ask=True):
-    """(text, token ids) of turns as the chat template writes them, with a generation prompt if `ask`; without
-    a template of their bare text, with the tokenizer's own bos, if it has one."""
+    """(text, token ids) of turns; bare text gets the tokenizer's own bos, if it has one."""
+    text = render(tokenizer, turns, tools, ask)
     if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False,
-                                                 add_generation_prompt=ask)
-        except Exception as error:                              # templates raise what they like
-            raise Mistake(f"the chat template refuses these turns ({error})") from error
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-    most = 1 if ask else 2
-    require(len(turns) <= most, f"{len(turns)} turns, but the tokenizer has no chat template")
-    text = "".join(str(turn.get("content")) for turn in turns)
     ids = tokenizer(text)["input_ids"]
     return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -377,12 +385,12 @@ def encode(tokenizer, turns, tools=None):
     require(same == len(asked), f"the chat template asks with ...{asked[same:][-60:]!r} where the dialogue "
             f"goes on with {whole[same:][:60]!r}: the response would not follow what it is asked")
     check_written(turns, asked, whole)
-    require(not tools or written(tokenizer, turns[:-1], [*tools, *tools])[0] != asked,
+    require(not tools or render(tokenizer, turns[:-1], [*tools, *tools]) != asked,
             "the chat template leaves out the tools")
-    rest = whole[len(asked):]
     check_end(tokenizer, turns, tools, asked, whole)
     response = ids[len(prompt):]
     if ids[:len(prompt)] != prompt:                             # tokens merge where the response begins
+        rest = whole[len(asked):]
         alone, line, both = (tokenizer(text, add_special_tokens=False)["input_ids"]
                              for text in (rest, "\n", "\n" + rest))
         # some tokenizers put a space before a text, but none behind a newline
@@ -414,7 +422,7 @@ def check_written(turns, asked, whole):
 def check_end(tokenizer, turns, tools, asked, whole):
     """Mistake where the dialogue ends with an opened turn, which is another one once the user goes on."""
     try:
-        longer, _ = written(tokenizer, [*turns, {"role": "user", "content": "1"}], tools, ask=False)
+        longer = render(tokenizer, [*turns, {"role": "user", "content": "1"}], tools, ask=False)
     except Mistake:                                             # this template wants other turns
         return
     opened = whole[len(os.path.commonprefix([whole, longer])):]
@@ -543,10 +551,11 @@ def stop_ids(lm, tokenizer):
     """All ids that end a response: end-of-sequence, what closes a chat's turn, and the model's own."""
     own = lm.generation_config.eos_token_id
     own = {*own} if isinstance(own, list) else {own}
-    words = own - special_ids(tokenizer) - {None, -1}          # some hold these for none
+    own -= {None, -1}                                           # some hold these for none
+    words = own - special_ids(tokenizer)
     if words:
         say(f"ordinary tokens, so no end of a response: {tokenizer.convert_ids_to_tokens(sorted(words))}")
-    stops = own & special_ids(tokenizer) | {tokenizer.eos_token_id}
+    stops = own - words | {tokenizer.eos_token_id}
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
     with suppress(Mistake):                                     # some templates want other turns
         stops.add(encode(tokenizer, turns)[1][-1])
@@ -773,12 +782,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, help=f"{help} ({default})" if default else help, default=default, **how)
 
     def error(self, message):
+        """What argparse calls for a mistake, instead of its own exit."""
         raise Mistake(f"{message}; see --help")
 
 
 def within(kind, low, high=math.inf):
     """A `type=` for argparse: an int or a float from low to high."""
     def read(text):
+        """What argparse calls."""
         if not low <= kind(text) <= high:                       # nan is not
             raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, got {text}")
         return kind(text)
@@ -852,6 +863,7 @@ def parse(argv):
 def program(body):
     """body(argv) as a main function that returns the exit code: 0, or 2 after one line about a mistake."""
     def main(argv=None):
+        """The program on these arguments, or on the command line's."""
         threads = torch.get_num_threads()
         try:
             body(argv)
